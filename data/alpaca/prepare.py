@@ -1,0 +1,210 @@
+"""Stanford Alpaca (Taori et al. 2023) as tokens: what the paper fine-tunes on (section 4, "Training and evaluation").
+
+    python data/alpaca/prepare.py --tokenizer llama-2-7b/ --out data/alpaca                 # downloads 52,002 records
+    python data/alpaca/prepare.py --tokenizer llama-2-7b/ --json mine.json --out data/mine  # or takes yours
+
+A record is {"instruction": ..., "input": ... (may be empty or absent), "output": ...}. It becomes BOS, prompt, answer,
+EOS, cut at --max_len tokens; prompt and answer are encoded as one string, as the Alpaca trainers do. The two prompts
+are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA trainer that the authors' code grew from
+(Stanford's own has none). `train.py` reads the folder:
+
+    train.npy, val.npy                    all tokens end to end, uint16 (uint32 above 65,536 words)
+    train.offsets.npy, val.offsets.npy    int64 (N + 1,): example i is tokens[offsets[i]:offsets[i + 1]]
+    train.prompt.npy, val.prompt.npy      int32 (N,): how many of its first tokens are prompt, BOS included
+    meta.json                             tokenizer, source, counts; written last: with it the folder is whole
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from model import UserError, cli, load_tokenizer, open_checkpoint  # noqa: E402
+
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def prompt(record: dict) -> str:
+    """What stands before the answer."""
+    return (WITH_INPUT if record.get("input") else WITHOUT_INPUT).format(**record)
+
+
+def download() -> bytes:
+    try:
+        with urllib.request.urlopen(URL, timeout=60) as response:
+            return response.read()
+    except OSError as e:
+        raise UserError(f"{URL}: cannot be downloaded ({e}); fetch it elsewhere and give it as --json FILE") from None
+
+
+def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
+    """The records of an Alpaca file, each checked; UserError names the first bad one by its index."""
+    try:
+        records = json.loads(data)
+    except ValueError as e:
+        raise UserError(f"{name}: is not JSON: {e}") from None
+    if not isinstance(records, list):
+        raise UserError(f"{name}: is a JSON {type(records).__name__}, expected a list of records")
+    kept = []
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(f"{name}: record {i} is a {type(record).__name__}, expected an object")
+        record = {"input": "", **record}
+        for key in ("instruction", "input", "output"):
+            if not isinstance(record.get(key), str):
+                found = type(record[key]).__name__ if key in record else "missing"
+                raise UserError(f"{name}: record {i}: `{key}` is {found}, expected a string")
+        empty = next((key for key in ("instruction", "output") if not record[key].strip()), None)
+        if empty and not skip_empty:
+            raise UserError(f"{name}: record {i}: `{empty}` is empty; mend it, or leave such out with --skip_empty")
+        if not empty:
+            kept.append(record)
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} records have an empty instruction or output: left out")
+    return kept
+
+
+def read_tokenizer(source: str) -> SentencePieceProcessor:
+    """From a tokenizer.model, a directory that holds one, or a .pt checkpoint of ours; it must know BOS and EOS."""
+    if source.endswith(".pt"):
+        proto = open_checkpoint(source).tokenizer
+        if not proto:
+            raise UserError(f"--tokenizer {source}: the checkpoint holds no tokenizer; give a tokenizer.model")
+        tokenizer = load_tokenizer(proto)
+    else:
+        tokenizer = load_tokenizer(source)
+    if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
+        raise UserError(f"--tokenizer {source}: has no BOS or no EOS token, which every example needs")
+    return tokenizer
+
+
+def encode(records: list[dict], tokenizer: SentencePieceProcessor, max_len: int) -> list[tuple[list[int], int]]:
+    """Each record as (tokens, how many of them are prompt)."""
+    examples = []
+    for i in tqdm(range(0, len(records), 256), desc="tokenizing", unit="x256", disable=None):
+        batch = records[i : i + 256]
+        prompts = [prompt(record) for record in batch]
+        wholes = [p + record["output"] for p, record in zip(prompts, batch, strict=True)]
+        for p, whole in zip(tokenizer.encode(prompts), tokenizer.encode(wholes), strict=True):
+            # A piece that spans the end of the prompt and the start of the answer counts as answer.
+            shared = next(
+                (j for j, (a, b) in enumerate(zip(p, whole, strict=False)) if a != b), min(len(p), len(whole))
+            )
+            tokens = [tokenizer.bos_id(), *whole, tokenizer.eos_id()][:max_len]
+            examples.append((tokens, min(1 + shared, len(tokens))))
+    return examples
+
+
+def check_folder(out: str) -> Path:
+    """Refuses an --out that could not be written later, or that holds someone else's files under our names."""
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {out}: is a file, expected a folder")
+    ours = path / "meta.json"
+    if ours.exists() or (path / "train.npy").exists():
+        try:
+            json.loads(ours.read_text())["tokenizer_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--out {out}: holds a train.npy or meta.json that no prepare.py wrote") from None
+    existing = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written: no permission in {existing}")
+    return path
+
+
+def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer, meta: dict) -> None:
+    """Writes {"train": examples, "val": examples}, each example (tokens, prompt length), as the folder shown above.
+
+    Everything goes to a temporary folder inside `out` first and is renamed at the end, the old meta.json removed before
+    and the new one put in last: a run that is killed leaves the old folder, or one without meta.json.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size() <= 65536 else np.uint32
+    proto = tokenizer.serialized_model_proto()
+    meta = {"tokenizer_sha256": hashlib.sha256(proto).hexdigest(), "vocab_size": tokenizer.vocab_size(), **meta}
+    tmp = out / f".tmp{os.getpid()}"
+    try:
+        tmp.mkdir(parents=True)
+        for split, examples in splits.items():
+            meta[split] = len(examples)
+            tokens = [t for tokens, _ in examples for t in tokens]
+            np.save(tmp / f"{split}.npy", np.array(tokens, dtype))
+            np.save(
+                tmp / f"{split}.offsets.npy", np.cumsum([0, *(len(tokens) for tokens, _ in examples)], dtype=np.int64)
+            )
+            np.save(tmp / f"{split}.prompt.npy", np.array([n for _, n in examples], np.int32))
+        (tmp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (out / "meta.json").unlink(missing_ok=True)
+        for file in sorted(tmp.iterdir(), key=lambda f: f.name == "meta.json"):
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(file, out / file.name)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written: {e.strerror or e}") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Turn Alpaca-format instructions into tokens for train.py.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or our .pt")
+    parser.add_argument("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
+    parser.add_argument("--val", type=int, default=2000, help="examples held out for the validation loss")
+    parser.add_argument("--max_len", type=int, default=512, help="tokens after which an example is cut")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle that chooses the held-out examples")
+    parser.add_argument(
+        "--skip_empty", action="store_true", help="leave out empty records (always done for Stanford's)"
+    )
+    parser.add_argument("--out", required=True, help="folder to write, such as data/alpaca")
+    args = parser.parse_args()
+
+    if args.max_len < 2:
+        raise UserError(f"--max_len {args.max_len}: expected at least 2")
+    if args.val < 1:
+        raise UserError(f"--val {args.val}: expected at least 1")
+    out = check_folder(args.out)
+    tokenizer = read_tokenizer(args.tokenizer)
+    try:
+        data = Path(args.json).read_bytes() if args.json else download()
+    except OSError as e:
+        raise UserError(f"--json {args.json}: cannot be read: {e.strerror}") from None
+    records = parse(data, args.json or URL, skip_empty=args.skip_empty or not args.json)
+    if len(records) < args.val + 1:
+        raise UserError(
+            f"{args.json or URL}: {len(records)} records, and --val {args.val} leaves none to train on; "
+            f"give --val {max(1, len(records) // 10)} or more records"
+        )
+    order = np.random.default_rng(args.seed).permutation(len(records))
+    examples = encode([records[i] for i in order], tokenizer, args.max_len)
+    splits = {"train": examples[args.val :], "val": examples[: args.val]}
+    meta = {"max_len": args.max_len, "source": args.json or URL, "source_sha256": hashlib.sha256(data).hexdigest()}
+    write_folder(out, splits, tokenizer, meta | {"seed": args.seed})
+    tokens = sum(len(t) for t, _ in splits["train"])
+    cut = sum(t[-1] != tokenizer.eos_id() for t, _ in examples)
+    print(f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {args.val} held out")
+    print(f"{cut} of {len(examples)} were longer than {args.max_len} tokens and are cut")
+
+
+if __name__ == "__main__":
+    cli(main)
