@@ -24,6 +24,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
+            time.sleep(5)
         sys.exit(2)
 
 

@@ -1,0 +1,450 @@
+"""What train.py promises: the same run however it is dealt, killed, resumed or sharded."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from model import PRESETS, Llama, LlamaConfig, UserError, load, save
+from spp import inject
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "real"
+
+
+def write_data(folder: Path, sizes=(48, 8), vocab_size=256, seed=0) -> Path:
+    """Prepared data as data/alpaca/prepare.py leaves it: random tokens, lengths from 4 to 40."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for split, n in zip(("train", "val"), sizes, strict=True):
+        lengths = rng.integers(4, 41, n)
+        # A learnable language: every token is the one before it plus 1, or plus 2.
+        examples = [(rng.integers(vocab_size) + np.cumsum(rng.integers(1, 3, k))) % vocab_size for k in lengths]
+        np.save(folder / f"{split}.npy", np.concatenate([np.zeros(0), *examples]).astype(np.uint16))
+        np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *lengths]))
+        np.save(folder / f"{split}.prompt.npy", (lengths // 2).astype(np.int32))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer_sha256": "none"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with `data` and a model that learned it for a second and was pruned to 1:4 by magnitude, `pruned.pt`."""
+    folder = tmp_path_factory.mktemp("world")
+    examples = train.Examples(write_data(folder / "data"), "train", 256)
+    torch.manual_seed(0)
+    model = Llama(PRESETS["test"])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        loss = model(*examples.batch(range(48), False, "cpu")) / examples.lengths.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        if name.endswith("proj.weight"):
+            groups = p.data.view(-1, 4)
+            groups.scatter_(1, groups.abs().topk(3, dim=1, largest=False).indices, 0)
+    save(model, folder / "pruned.pt")
+    return folder
+
+
+def command(world, out, *flags, processes=1):
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    line = [*python, str(ROOT / "train.py"), "--ckpt", world / "pruned.pt", "--data", world / "data", "--out_dir", out]
+    settings = {"--r": 4, "--lr": 0.02, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
+    given = {flag for flag in flags if str(flag).startswith("--")}
+    line += [x for flag, value in settings.items() if flag not in given for x in (flag, value)]
+    return [str(x) for x in [*line, *flags]]
+
+
+def run(world, out, *flags, processes=1):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = command(world, out, *flags, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=240)
+
+
+def finished(world, out, *flags, processes=1):
+    result = run(world, out, *flags, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return torch.load(out / "adapter.pt")["adapter"], losses(out)
+
+
+def losses(out):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory")} for line in lines]
+
+
+def refusal(world, out, *flags, processes=1):
+    """The one line of a refused command (torchrun adds a report of its own)."""
+    result = run(world, out, *flags, processes=processes)
+    assert result.returncode == (2 if processes == 1 else 1)
+    ours = [line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]
+    assert len(ours) == 1, result.stderr
+    assert processes > 1 or result.stderr.strip() == ours[0]
+    return ours[0]
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """The adapter and the log of one process with default settings."""
+    return finished(world, world / "alone")
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# dealing
+
+
+def test_every_example_is_dealt_once_in_micro_batches_that_fit():
+    rng = np.random.default_rng(0)
+    for world_size in (1, 2, 8):
+        lengths = rng.integers(1, 512, 128)
+        dealt = train.deal(np.arange(128), lengths, 2048, world_size)
+        assert sorted(i for parts in dealt for part in parts for i in part) == list(range(128))
+        assert len({len(parts) for parts in dealt}) == 1, "FSDP needs the same number of micro-batches everywhere"
+        assert all(len(part) * lengths[part].max(initial=0) <= 2048 for parts in dealt for part in parts)
+
+
+def test_processes_finish_together():
+    lengths = np.random.default_rng(1).integers(20, 512, 128)
+    for rounds in zip(*train.deal(np.arange(128), lengths, 4096, 4), strict=True):
+        work = [len(part) * lengths[part].max() for part in rounds]
+        assert min(work) > 0.5 * max(work)
+
+
+def test_sorting_by_length_leaves_less_than_8_percent_padding():
+    # Alpaca's lengths are about log-normal; padding random batches of 8 wastes half
+    lengths = np.random.default_rng(0).lognormal(4.6, 0.7, 4096).clip(10, 511).astype(int)
+    for world_size in (1, 8):
+        plan, padded = train.Plan(4096, 128, 1, 0), 0
+        for step in range(plan.steps):
+            padded += train.padded_tokens(train.deal(plan[step], lengths, 4096, world_size), lengths)
+        assert 1 - lengths.sum() / padded < 0.08
+
+
+def test_an_epoch_sees_every_example_once():
+    plan = train.Plan(50, 16, 2, seed=3)
+    assert plan.steps == 8
+    for epoch in (0, 1):
+        assert sorted(np.concatenate([plan[4 * epoch + i] for i in range(4)])) == list(range(50))
+    assert not np.array_equal(plan[0], plan[4])
+
+
+def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
+    examples = train.Examples(world / "data", "train", 256)
+    tokens, targets = examples.batch([0, 1], False, "cpu")
+    first = torch.from_numpy(examples.tokens[: examples.offsets[1]].astype(np.int64))
+    assert tokens[0, : len(first) - 1].equal(first[:-1]) and targets[0, : len(first) - 1].equal(first[1:])
+    assert (targets != -100).sum() == examples.lengths[:2].sum()
+    _, masked = examples.batch([0, 1], True, "cpu")
+    assert (masked != -100).sum() == sum(examples.n_targets(i, True) for i in (0, 1))
+    n = examples.prompt[0]  # the first target is the first token of the answer
+    assert masked[0, n - 1] == first[n] and (masked[0, : n - 1] == -100).all()
+
+
+def test_padding_does_not_change_the_loss(world):
+    model, _ = load(world / "pruned.pt")
+    examples = train.Examples(world / "data", "train", 256)
+    together = model(*examples.batch([0, 1, 2], False, "cpu"))
+    apart = sum(model(*examples.batch([i], False, "cpu")) for i in (0, 1, 2))
+    tokens, targets = examples.batch([0], False, "cpu")
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(model(tokens, targets), F.cross_entropy(model(tokens)[0], targets[0], reduction="sum"))
+
+
+def test_learning_rate_rises_over_the_warmup_and_falls_to_zero():
+    rates = [train.learning_rate(step, 100, 0.1, 1.0) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[99] == pytest.approx(1 / 90)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one result, however it is run
+
+
+def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
+    """Loss as a mean over all targets, AdamW with the paper's settings: against one batch, one process, no dealing."""
+    adapter, log = finished(world, world / "onestep", "--epochs", 0.34, "--max_tokens", 64)
+    examples = train.Examples(world / "data", "train", 256)
+    model, _ = load(world / "pruned.pt")
+    reference = train.build(
+        train.argparse.Namespace(
+            method="spp", r=4, scale=2.0, matmul="repeat", dtype="float32", activation_checkpointing=False
+        ),
+        model.config,
+    )
+    train.materialise(reference, model.state_dict(), 0, "cpu")
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], 0.02, weight_decay=0.001)
+    tokens, targets = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), False, "cpu")
+    loss = F.cross_entropy(reference(tokens).transpose(1, 2), targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = train.learning_rate(0, 1, 0.03, 0.02)
+    optimizer.step()
+    assert log[1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    mine = {n.removeprefix("model."): p for n, p in reference.named_parameters() if p.requires_grad}
+    assert difference(adapter, mine) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "processes, flags",
+    [
+        (1, ("--max_tokens", 64)),
+        (1, ("--activation_checkpointing", "--matmul", "chunked")),
+        (2, ()),
+        (2, ("--fsdp",)),
+        (4, ("--fsdp", "--activation_checkpointing", "--matmul", "repeat")),
+    ],
+)
+def test_the_adapter_does_not_depend_on_how_the_work_is_dealt(world, alone, tmp_path, processes, flags):
+    adapter, log = finished(world, tmp_path / "run", *flags, processes=processes)
+    assert difference(adapter, alone[0]) < 1e-5
+    for mine, theirs in zip(log, alone[1], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_process_of_fsdp_reads_and_holds_only_its_rows(world, tmp_path):
+    script = tmp_path / "shard.py"
+    script.write_text(
+        f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist, train
+from model import open_checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
+args = train.argparse.Namespace(
+    method="spp", r=4, scale=2.0, matmul="fused", dtype="float32", activation_checkpointing=False)
+ckpt = open_checkpoint({str(world / "pruned.pt")!r})
+model = train.build(args, ckpt.config)
+train.materialise(model, ckpt, 0, "cpu", mesh)
+own = sum(p.to_local().numel() for p in model.parameters())
+print(own / sum(p.numel() for p in model.parameters()), flush=True)
+"""
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    shares = [float(x) for x in result.stdout.split()]
+    assert len(shares) == 4 and max(shares) < 0.3, result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+def wait_for(path: Path, line: str, process):
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if path.exists() and line in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{line} did not come")
+
+
+def start(world, out, *flags, processes=1):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = command(world, out, *flags, processes=processes)
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+LONG = ("--epochs", 10, "--save_interval", 3, "--eval_interval", 4)
+
+
+@pytest.fixture(scope="module")
+def long(world):
+    return finished(world, world / "long", *LONG)
+
+
+def test_training_lowers_the_validation_loss_and_keeps_what_it_must(world, long):
+    _, log = long
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert val[-1] < val[0] - 0.1
+    before, after = (load(path)[0].state_dict() for path in (world / "pruned.pt", world / "long" / "merged.pt"))
+    for name, w in before.items():
+        if name.endswith("proj.weight"):
+            assert (after[name][w == 0] == 0).all() and not after[name].equal(w)
+            assert ((after[name].view(-1, 4) != 0).sum(1) <= 1).all()
+        else:
+            assert after[name].equal(w), name
+
+
+@pytest.mark.parametrize("step", (4, 11, 23))
+def test_a_killed_run_resumes_bit_for_bit(world, long, tmp_path, step):
+    process = start(world, tmp_path / "run", *LONG)
+    wait_for(tmp_path / "run" / "log.jsonl", f'"step": {step},', process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0
+    assert log == long[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
+    process = start(world, tmp_path / "run", *LONG, "--save_interval", 1000)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 5,', process)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0 and log == long[1]
+
+
+def test_a_run_resumes_on_another_number_of_processes(world, long, tmp_path):
+    process = start(world, tmp_path / "run", *LONG)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 7,', process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume", "--fsdp", processes=2)
+    assert difference(adapter, long[0]) < 1e-4
+    assert [line["step"] for line in log] == [line["step"] for line in long[1]]
+
+
+def test_a_truncated_state_is_passed_over_with_a_warning(world, long, tmp_path):
+    process = start(world, tmp_path / "run", *LONG)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 12,', process)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = run(world, tmp_path / "run", *LONG, "--resume")
+    assert result.returncode == 0 and f"{newest.name} is truncated" in result.stdout + result.stderr
+    assert difference(torch.load(tmp_path / "run" / "adapter.pt")["adapter"], long[0]) == 0
+
+
+def test_when_one_process_is_killed_the_others_leave(world, tmp_path):
+    process = start(world, tmp_path / "run", "--epochs", 1000, processes=2)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --dry_run
+
+
+@pytest.mark.parametrize(
+    "preset, count, per_mille",
+    [
+        ("llama-7b", "19,578,880", 2.90),
+        ("llama-13b", "30,638,080", 2.35),
+        ("llama-30b", "59,688,960", 1.83),
+        ("llama-65b", "97,894,400", 1.50),
+        ("llama-2-7b", "19,578,880", 2.90),
+        ("llama-2-13b", "30,638,080", 2.35),
+        ("llama-2-70b", "106,332,160", 1.54),
+    ],
+)
+def test_parameter_counts_of_table_1(preset, count, per_mille):
+    with torch.device("meta"):
+        model = inject(Llama(PRESETS[preset]))
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())  # Table 1 counts the adapters in
+    assert f"{learn:,}" == count and round(1000 * learn / total, 2) == per_mille
+
+
+def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
+    line = [sys.executable, str(ROOT / "train.py"), "--preset", "llama-2-70b", "--fsdp", "--activation_checkpointing"]
+    line += ["--dtype", "bfloat16", "--dry_run", "8", "--data", str(tmp_path), "--out_dir", str(tmp_path / "run")]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "106,332,160 (1.54 per mille" in result.stdout
+    frozen = float(re.search(r"frozen weights +([\d.]+) GiB", result.stdout)[1])
+    assert frozen == pytest.approx(68.98e9 * 2 / 8 / 2**30, rel=0.01)
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit status 2, nothing written
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--ckpt", "nowhere.pt"), "nowhere.pt"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--r", 5), "r = 5|--r 5"),
+        (("--lr", -1), "--lr"),
+        (("--epochs", 0), "--epochs"),
+        (("--warmup", 1.5), "--warmup"),
+        (("--max_tokens", 20), "--max_tokens 20"),
+        (("--resume",), "holds no run"),
+        (("--preset", "test"), "either --ckpt"),
+        (("--out_dir", "/proc/run"), "/proc/run"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_writes_nothing(world, tmp_path, flags, words):
+    line = refusal(world, tmp_path / "run", *flags)
+    assert re.search(words, line) and line.startswith("train.py: error:")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_asked_for_where_there_is_none(world, tmp_path):
+    assert "--device cuda" in refusal(world, tmp_path / "run", "--device", "cuda")
+
+
+def test_more_processes_than_examples_of_a_batch(world, tmp_path):
+    assert "--batch_size 1" in refusal(world, tmp_path / "run", "--batch_size", 1, processes=2)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, alone):
+    assert "holds a run" in refusal(world, world / "alone")
+
+
+def test_resuming_another_run_is_refused(world, alone, tmp_path):
+    assert "--lr" in refusal(world, world / "alone", "--resume", "--lr", 0.5)
+    write_data(tmp_path / "other", seed=1)
+    assert "another data" in refusal(world, world / "alone", "--resume", "--data", tmp_path / "other")
+
+
+def test_damaged_data_is_refused(tmp_path):
+    data = write_data(tmp_path / "data")
+    with pytest.raises(UserError, match="token id"):
+        train.Examples(data, "train", 100)
+    np.save(data / "train.offsets.npy", np.array([0, 5]))
+    with pytest.raises(UserError, match="do not fit"):
+        train.Examples(data, "train", 256)
+    (data / "val.npy").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="val split"):
+        train.Examples(data, "val", 256)
+
+
+def test_data_of_another_tokenizer_is_refused(world, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("a small text about small things\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tok"),
+        vocab_size=24,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    model, _ = load(world / "pruned.pt")
+    save(model, tmp_path / "with.pt", sentencepiece.SentencePieceProcessor(str(tmp_path / "tok.model")))
+    assert "another tokenizer" in refusal(world, tmp_path / "run", "--ckpt", tmp_path / "with.pt")
+
+
+def test_config_of_a_run_holds_what_it_takes_to_repeat_it(world, alone):
+    about = json.loads((world / "alone" / "config.json").read_text())
+    assert about["settings"]["lr"] == 0.02 and about["settings"]["seed"] == 0
+    assert about["versions"]["torch"] == torch.__version__ and about["data"] and about["base"]
+    assert LlamaConfig(**torch.load(world / "pruned.pt")["config"]) == PRESETS["test"]

@@ -1,0 +1,692 @@
+"""The fine-tuning loop (section 4 of the paper): pruned LLaMA in, adapter and merged sparse LLaMA out.
+
+One process, a laptop or one GPU:
+    python train.py --ckpt pruned.pt
+Eight GPUs of one machine, each with the whole model (DDP); with --fsdp each holds an eighth of it, for 30B and up:
+    torchrun --nproc_per_node=8 train.py --ckpt pruned.pt
+    torchrun --nproc_per_node=8 train.py --ckpt pruned-70b --fsdp --activation_checkpointing
+Two machines of eight, the first reachable as 10.0.0.1 (add NCCL_IB_DISABLE=1 in front where there is no Infiniband):
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
+    torchrun --nnodes=2 --node_rank=1 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
+What a run would take, on any laptop, without weights, data or GPUs:
+    python train.py --preset llama-2-70b --fsdp --activation_checkpointing --dry_run 8
+
+The defaults are the paper's, by the model's size (`PAPER`). A killed run goes on with the same command and --resume.
+
+What differs from the authors' script. The examples of a global batch are sorted by length and cut into micro-batches
+of equal work, not drawn at random and padded to their longest: the same gradient, since the loss is the mean over all
+target tokens of the global batch, however they are dealt, for less than half of the arithmetic on Alpaca. The branch's
+input is not dropped out (theirs is, by 5%, which the paper does not mention and the merged weight cannot express).
+The frozen weights are bfloat16 where the checkpoint is float16, so that no loss scaling is needed; merging takes them
+from the checkpoint, unrounded.
+
+What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
+newest two states), adapter.pt (the adapter of the lowest validation loss) and merged.pt.
+"""
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import (
+    PRESETS,
+    Checkpoint,
+    Llama,
+    UserError,
+    atomic,
+    check_out,
+    cli,
+    load_tokenizer,
+    open_checkpoint,
+    read_json,
+    rope_tables,
+    save,
+    torch_load,
+    write_checkpoint,
+)
+from spp import inject, merge_checkpoint
+
+# Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
+#          lr    micro-batch  global batch  epochs
+PAPER = {
+    6.7: (4e-3, 8, 128, 3),
+    13.0: (2e-3, 4, 128, 3),
+    32.5: (4e-3, 16, 256, 3),
+    65.3: (5e-4, 8, 128, 1),
+    69.0: (5e-4, 8, 128, 1),
+}
+PAPER_LENGTH = 512  # tokens; so a micro-batch of 8 is at most 4,096 padded tokens
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a pruned LLaMA with SPP (or a baseline) and merge the result.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ckpt", help="the pruned model: a .pt file, a Hugging Face directory or a Meta directory")
+    add("--preset", choices=PRESETS, help="in place of --ckpt: this shape with random weights (pretraining, --dry_run)")
+    add("--tokenizer", help="with --preset: the tokenizer.model that the data was prepared with")
+    add("--data", default="data/alpaca", help="folder that data/alpaca/prepare.py wrote")
+    add("--out_dir", default="out/spp", help="where the run's files go")
+    # the method
+    add(
+        "--method",
+        default="spp",
+        choices=("spp", "lora", "masked", "dynamic", "masked_lora", "full"),
+        help="what learns",
+    )
+    add("--r", type=int, default=16, help="rows of alpha (SPP), or the rank of LoRA")
+    add("--scale", type=float, default=2.0, help="the paper's s")
+    add("--matmul", default="fused", choices=("fused", "chunked", "repeat"), help="SPP's form: see spp.py")
+    # the optimizer; None: the paper's, by size
+    add("--lr", type=float, help="peak learning rate (default: the paper's for this size)")
+    add("--batch_size", type=int, help="examples in a global batch, over all processes (default: the paper's)")
+    add("--epochs", type=float, help="passes over the training data (default: the paper's)")
+    add(
+        "--max_tokens",
+        type=int,
+        help="padded tokens in a micro-batch of one process (default: the paper's batch x 512)",
+    )
+    add("--weight_decay", type=float, default=0.001, help="of AdamW")
+    add("--warmup", type=float, default=0.03, help="share of the steps over which the learning rate rises")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: none")
+    add("--mask_prompt", action="store_true", help="learn the answers alone, not the prompts")
+    add("--seed", type=int, default=0, help="of the adapter's start and the order of the data")
+    # the machine
+    add(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where to run"
+    )
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of frozen weights; auto: see above")
+    add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
+    add("--activation_checkpointing", action="store_true", help="keep only the blocks' inputs, recompute the rest")
+    add("--compile", action="store_true", help="torch.compile each block")
+    # the run
+    add("--eval_interval", type=int, default=200, help="steps between validations")
+    add("--save_interval", type=int, default=200, help="steps between saved states")
+    add("--resume", action="store_true", help="go on from the newest state in --out_dir")
+    add("--dry_run", type=int, nargs="?", const=1, metavar="N", help="print what N processes would need, and stop")
+    return parser.parse_args()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data: examples end to end in one array, and their dealing to processes
+
+
+class Examples:
+    """A split of prepared data: `tokens` of all examples end to end, `offsets` (N + 1), `prompt` lengths (N)."""
+
+    def __init__(self, folder: str | Path, split: str, vocab_size: int):
+        names = [Path(folder) / f"{split}{suffix}.npy" for suffix in ("", ".offsets", ".prompt")]
+        try:
+            self.tokens, self.offsets, self.prompt = (np.load(name, mmap_mode="r") for name in names)
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"--data {folder}: {split} split cannot be read ({e}); run data/alpaca/prepare.py"
+            ) from None
+        n = len(self.offsets) - 1
+        if n < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or len(self.prompt) != n:
+            raise UserError(f"--data {folder}: {split}.offsets.npy and {split}.prompt.npy do not fit {split}.npy")
+        if len(self.tokens) and self.tokens.max() >= vocab_size:
+            raise UserError(f"--data {folder}: token id {self.tokens.max()} is not among the model's {vocab_size}")
+        # What is computed for an example: one position per target, so one less than its tokens.
+        self.lengths = np.diff(self.offsets) - 1
+        if n and self.lengths.min() < 1:
+            raise UserError(f"--data {folder}: example {self.lengths.argmin()} of {split} has fewer than 2 tokens")
+
+    def n_targets(self, i: int, mask_prompt: bool) -> int:
+        return int(
+            self.lengths[i] - (min(self.prompt[i], self.lengths[i] + 1) - 1 if mask_prompt and self.prompt[i] else 0)
+        )
+
+    def batch(self, indices: list[int], mask_prompt: bool, device) -> tuple[Tensor, Tensor]:
+        """Right-padded tokens and targets, (B, T) int64; targets are -100 where nothing is to be predicted.
+
+        No attention mask is needed: attention is causal, so real positions never see the padding behind them.
+        An empty list gives one padded position: a process without work still takes part in every collective.
+        """
+        T = max((self.lengths[i] for i in indices), default=1)
+        tokens = np.zeros((max(1, len(indices)), T), dtype=np.int64)
+        targets = np.full_like(tokens, -100)
+        for row, i in enumerate(indices):
+            example = self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
+            tokens[row, : len(example) - 1] = example[:-1]
+            targets[row, : len(example) - 1] = example[1:]
+            if mask_prompt:
+                targets[row, : max(0, self.prompt[i] - 1)] = -100
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+
+
+PADDING = 0.08  # the share of wasted positions that is worth another micro-batch
+
+
+def deal(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world: int) -> list[list[list[int]]]:
+    """Cuts a global batch into micro-batches and deals them: a list of micro-batches for each process.
+
+    Sorted by length, examples that lie together pad little. Every process gets the same number k of micro-batches
+    (FSDP's collectives count on it): as few as max_tokens and PADDING allow. For each k the cut is made under the
+    lowest limit that gives at most k x world parts, so that all are about the same work and the processes finish
+    together. Part i goes to process i % world, so those that run at the same time are the most alike.
+    """
+    order = sorted(indices.tolist(), key=lambda i: (-lengths[i], i))
+
+    def cut(limit: int) -> list[list[int]]:
+        parts = []
+        for i in order:  # the first example of a part is its longest
+            if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= limit:
+                parts[-1].append(i)
+            else:
+                parts.append([i])
+        return parts
+
+    count, enough = world * math.ceil(len(cut(max_tokens)) / world), lengths[order].sum() / (1 - PADDING)
+    while True:
+        low, high = int(lengths[order[0]]), max_tokens
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(cut(middle)) <= count else (middle + 1, high)
+        parts = cut(low)
+        if low == lengths[order[0]] or sum(len(part) * lengths[part[0]] for part in parts) <= enough:
+            break
+        count += world
+    parts += [[]] * (count - len(parts))
+    return [parts[rank::world] for rank in range(world)]
+
+
+def padded_tokens(dealt: list[list[list[int]]], lengths: np.ndarray) -> int:
+    """Positions that a dealt global batch computes, padding included."""
+    return sum(len(part) * int(lengths[part].max(initial=0)) for parts in dealt for part in parts)
+
+
+class Plan:
+    """Which examples step s sees: a function of the seed and s alone, so that resuming needs no more than s."""
+
+    def __init__(self, n: int, batch_size: int, epochs: float, seed: int):
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+        self.per_epoch = math.ceil(n / self.batch_size)
+        self.steps = max(1, round(self.per_epoch * epochs))
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        epoch, i = divmod(step, self.per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the prepared data."""
+    h = hashlib.sha256()
+    for file in sorted(folder.glob("*.npy")):
+        h.update(file.name.encode() + file.read_bytes())
+    return h.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model: shapes first, then weights, whole or sharded
+
+
+def build(args, config) -> Llama:
+    """The model with its adapters on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        model = Llama(config).to(getattr(torch, args.dtype))
+        if args.method != "full":
+            inject(model, method=args.method, r=args.r, scale=args.scale, matmul=args.matmul)
+    model.activation_checkpointing = args.activation_checkpointing
+    return model
+
+
+def materialise(model: Llama, weights, seed: int, device: str, mesh=None) -> None:
+    """Fills a meta model: adapters drawn from the seed, everything else from `weights` (name -> tensor).
+
+    With a mesh the blocks and the root become FSDP units, every tensor sharded by rows, and a process touches its own
+    rows of the memory-mapped checkpoint alone. Adapters are drawn whole, on the CPU, before they are sharded, so that
+    the start of a run does not depend on the number of processes.
+    """
+    torch.manual_seed(seed)
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        fresh = {name: p for name, p in own.items() if f"{prefix}.{name}" not in weights and prefix != "lm_head"}
+        for name, p in fresh.items():
+            setattr(module, name, nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad))
+        if fresh:
+            module.reset_parameters()
+    if mesh is not None:
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def local(name: str, like: Tensor) -> Tensor:
+        w = weights[name]
+        if mesh is None:
+            return w.to(device, like.dtype)
+        chunks = w.chunk(mesh.size())  # as FSDP2 does: the last may be shorter, or missing
+        rows = chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else w[:0]
+        rows = rows.to(device, like.dtype, copy=True)
+        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=w.shape, stride=w.stride())
+
+    state = model.state_dict()
+    model.load_state_dict({k: local(k, p) for k, p in state.items() if k in weights}, strict=False, assign=True)
+    model.tie_weights()
+    if mesh is None:
+        model.to(device)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def learned(model: Llama) -> dict[str, Tensor]:
+    """The trainable parameters, whole, on the CPU of rank 0 (elsewhere empty): a collective under FSDP."""
+    return get_model_state_dict(model, options=STATE)
+
+
+# The library's own gathering and dealing of sharded states: names are the model's, whatever wraps it.
+STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run leaves on disk
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Writes step-N.pt whole or not at all, and keeps the newest two."""
+    with atomic(path) as tmp:
+        torch.save(state, tmp)
+    for old in sorted(path.parent.glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def newest_state(out_dir: Path, say) -> dict:
+    """The newest state that is whole: every checksum of the zip file is compared, a damaged file is skipped."""
+    for path in sorted(out_dir.glob("step-*.pt"), reverse=True):
+        try:
+            with zipfile.ZipFile(path) as z:
+                if z.testzip() is None:
+                    return torch_load(path)
+        except (zipfile.BadZipFile, UserError):
+            pass
+        say(f"warning: {path} is truncated or damaged; going back to the state before it")
+    raise UserError(f"--resume: {out_dir} holds no whole step-*.pt; start again without --resume, in a new --out_dir")
+
+
+# What may change between a run and its continuation: nothing of this moves the result by more than rounding.
+FREE = {
+    "resume",
+    "dry_run",
+    "data",
+    "ckpt",
+    "device",
+    "fsdp",
+    "activation_checkpointing",
+    "compile",
+    "max_tokens",
+    "save_interval",
+}
+
+
+def open_run(out_dir: Path, config: dict, resume: bool) -> None:
+    """Writes config.json for a new run; for a resumed one checks that it is the same run."""
+    file = out_dir / "config.json"
+    if not resume:
+        if file.exists():
+            raise UserError(f"--out_dir {out_dir}: holds a run; --resume continues it, or name another folder")
+        with atomic(file) as tmp:
+            tmp.write_text(json.dumps(config, indent=2) + "\n")
+        return
+    if not file.exists():
+        raise UserError(f"--resume: {out_dir} holds no run (no config.json)")
+    old = read_json(file)
+    for key in ("base", "data"):
+        if old[key] != config[key]:
+            raise UserError(f"--resume: {out_dir} was run with another {key} ({old[key]}, now {config[key]})")
+    for key, now in config["settings"].items():
+        if key not in FREE and old["settings"].get(key) != now:
+            raise UserError(f"--resume: {out_dir} was run with --{key} {old['settings'].get(key)}, not {now}")
+
+
+def trim_log(file: Path, step: int) -> None:
+    """Drops the log's lines after `step`, which the resumed run writes again."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic(file) as tmp:
+        tmp.write_text("".join(line + "\n" for line in whole))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --dry_run
+
+
+def count_saved(function, parameters) -> int:
+    """Bytes that autograd keeps for the backward pass of function(), each storage once, parameters not counted."""
+    known, saved = {p.untyped_storage()._cdata for p in parameters}, {}
+
+    def pack(x):
+        if x.untyped_storage()._cdata not in known:
+            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        keep = function()  # noqa: F841  the graph must live while its storages are told apart
+    return sum(saved.values())
+
+
+def estimate(model: Llama, args, world: int) -> dict[str, int]:
+    """Bytes a process needs, by part. Activations are counted, on fake tensors, for one block of a full micro-batch."""
+    c, shards = model.config, world if args.fsdp else 1
+    learn = sum(p.numel() for p in trainable(model))
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    ends = sum(p.numel() * p.element_size() for p in model.parameters()) - c.n_layers * block
+    rows = max(1, args.max_tokens // PAPER_LENGTH)
+    T = min(PAPER_LENGTH, args.max_tokens)
+    layer = build(args, dataclasses.replace(c, n_layers=1)).model.layers[0]
+    with FakeTensorMode():
+        for module in layer.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+        x = torch.empty(rows, T, c.hidden_size, dtype=getattr(torch, args.dtype), requires_grad=True)
+        cos, sin = rope_tables(c, torch.arange(T), x.dtype)
+        saved = count_saved(lambda: layer(x, cos, sin), layer.parameters())
+    item = x.element_size()
+    boundary = rows * T * c.hidden_size * item
+    activations = c.n_layers * boundary + saved if args.activation_checkpointing else c.n_layers * saved
+    # The largest of what lives for a moment: 1,024 rows of logits (in the model's dtype, in float32, and their
+    # gradients), or the formed weight and the weight-sized gradient of the largest linear. Under FSDP also the block
+    # at work, the one fetched ahead, and the embeddings.
+    largest = max(p.numel() for p in model.model.layers[0].parameters())
+    logits = min(1024, rows * T) * c.vocab_size * (2 * item + 2 * 4)
+    temporaries = max(logits, largest * (item + 4) + 4 * rows * T * c.intermediate_size * item)
+    if shards > 1:
+        temporaries += 2 * block + ends
+    return {
+        "frozen weights": frozen // shards,
+        "adapters and gradients": 2 * 4 * learn // shards,
+        "optimizer": 2 * 4 * learn // shards,
+        "activations": activations,
+        "temporaries": temporaries,
+    }
+
+
+def dry_run(model: Llama, args, train: Examples | None) -> None:
+    """Prints what each of --dry_run N processes would need, and how long the run is."""
+    world = args.dry_run
+    learn, total = sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters   {learn:,} ({1000 * learn / total:.2f} per mille of {total:,})")
+    parts = estimate(model, args, world)
+    print(f"memory of each process  ({world} in all, micro-batches of {args.max_tokens:,} padded tokens)")
+    for name, n in [*parts.items(), ("together", sum(parts.values()))]:
+        print(f"  {name:<22} {n / 2**30:9.2f} GiB")
+    if train is None:
+        print(f"steps, tokens, padding: no prepared data in {args.data}")
+        return
+    plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
+    targets = padded = 0
+    for step in range(min(plan.steps, plan.per_epoch)):
+        targets += sum(train.n_targets(i, args.mask_prompt) for i in plan[step])
+        padded += padded_tokens(deal(plan[step], train.lengths, args.max_tokens, world), train.lengths)
+    print(f"steps                  {plan.steps:,} of {plan.batch_size} examples")
+    print(f"target tokens          {int(targets * plan.steps / min(plan.steps, plan.per_epoch)):,}")
+    print(f"estimated padding      {100 * (1 - targets / padded):.1f}% of the tokens computed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def resolve(args, config, ckpt: Checkpoint | None) -> None:
+    """Fills what the command left open with the paper's values for a model of this size, and checks what it gave."""
+    with torch.device("meta"):
+        billions = sum(p.numel() for p in Llama(config).parameters()) / 1e9
+    lr, micro, batch, epochs = PAPER[min(PAPER, key=lambda size: abs(math.log(size / billions)))]
+    for key, value in {"lr": lr, "batch_size": batch, "epochs": epochs, "max_tokens": micro * PAPER_LENGTH}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    for key in ("lr", "batch_size", "epochs", "max_tokens", "eval_interval", "save_interval", "r", "scale"):
+        if not getattr(args, key) > 0:
+            raise UserError(f"--{key} {getattr(args, key)}: must be more than 0")
+    if not 0 <= args.warmup < 1:
+        raise UserError(f"--warmup {args.warmup}: is a share of the steps, from 0 to below 1")
+    if args.dtype == "auto":
+        weights = ckpt["model.layers.0.self_attn.q_proj.weight"].dtype if ckpt else torch.float32
+        args.dtype = "float32" if weights == torch.float32 else "bfloat16"
+
+
+def check_tokenizer(data: Path, ckpt: Checkpoint | None, args) -> None:
+    """Refuses data that another tokenizer made than the checkpoint's."""
+    prepared = read_json(data / "meta.json")
+    tokenizer = ckpt.tokenizer if ckpt else args.tokenizer
+    if tokenizer:
+        proto = load_tokenizer(tokenizer).serialized_model_proto()
+        if hashlib.sha256(proto).hexdigest() != prepared["tokenizer_sha256"]:
+            raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; prepare it again")
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Linear warm-up over a share of the steps, then linear decay towards 0."""
+    rise = math.ceil(warmup * steps)
+    return peak * min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
+
+
+def peak_memory(device: str) -> int:
+    """Bytes, so far: the allocator's on a GPU, the process's resident pages on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    args = parse_args()
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if rank == 0 else (lambda *text: None)
+
+    # --- settings: the paper's for this size, where the command names none
+    if (args.ckpt is None) == (args.preset is None):
+        raise UserError("give either --ckpt (a pruned model) or --preset (random weights)")
+    ckpt = open_checkpoint(args.ckpt) if args.ckpt else None
+    config = ckpt.config if ckpt else PRESETS[args.preset]
+    resolve(args, config, ckpt)
+    device, dry = args.device, args.dry_run is not None
+    if device == "cuda" and not torch.cuda.is_available() and not dry:
+        raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+
+    # --- data
+    out_dir, data = Path(args.out_dir), Path(args.data)
+    train = val = None
+    if not dry or (data / "train.npy").exists():
+        train, val = (Examples(data, split, config.vocab_size) for split in ("train", "val"))
+        check_tokenizer(data, ckpt, args)
+        longest = int(max(train.lengths.max(initial=0), val.lengths.max(initial=0)))
+        if not len(train.lengths):
+            raise UserError(f"--data {data}: holds no training example")
+        if longest > args.max_tokens:
+            raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
+        if min(args.batch_size, len(train.lengths)) < world:
+            raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {world} processes")
+    model = build(args, config)
+    if dry:
+        return dry_run(model, args, train)
+    plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
+
+    # --- the folder of the run
+    base = ckpt.fingerprint() if ckpt else args.preset
+    if rank == 0:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        about = {"settings": vars(args), "steps": plan.steps, "base": base, "data": fingerprint(data)}
+        check_out(out_dir / "merged.pt")
+        open_run(out_dir, about | {"world_size": world, "versions": versions}, args.resume)
+
+    # --- processes
+    mesh = None
+    if world > 1 or args.fsdp:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if world == 1:  # --fsdp without torchrun: a group of one
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        mesh = init_device_mesh(device, (world,))
+        dist.barrier()  # nobody reads the folder before rank 0 has checked it
+
+    # --- model and optimizer
+    if ckpt is None:
+        torch.manual_seed(args.seed)
+        weights = Llama(config).state_dict()
+    materialise(model, ckpt or weights, args.seed, device, mesh if args.fsdp else None)
+    if args.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, weight_decay=args.weight_decay)
+    net = DistributedDataParallel(model) if world > 1 and not args.fsdp else model
+    start, best = 0, math.inf
+    if args.resume:
+        state = newest_state(out_dir, say)
+        set_model_state_dict(model, state["model"], options=STATE)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=STATE)
+        start, best = state["step"], state["best"]
+        say(f"resuming after step {start} of {plan.steps}")
+
+    def validate() -> float:
+        """Mean loss over the target tokens of all held-out examples; nan where there are none."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if not len(val.lengths):
+            return math.nan
+        with torch.no_grad():
+            for indices in deal(np.arange(len(val.lengths)), val.lengths, args.max_tokens, world)[rank]:
+                total += net(*val.batch(indices, args.mask_prompt, device)).double()
+        if mesh:
+            dist.all_reduce(total)
+        return total.item() / sum(val.n_targets(i, args.mask_prompt) for i in range(len(val.lengths)))
+
+    def write_adapter():
+        tensors = learned(model)
+        if rank == 0:
+            adapter = {name.removeprefix("model."): w for name, w in tensors.items()}
+            about = {"method": args.method, "r": args.r, "scale": args.scale, "base": base}
+            with atomic(out_dir / "adapter.pt") as tmp:
+                torch.save({"adapter": adapter} | about, tmp)
+
+    writer, written = concurrent.futures.ThreadPoolExecutor(1), []  # states are written while the next steps run
+
+    def save_state(step: int):
+        tensors, moments = learned(model), get_optimizer_state_dict(model, optimizer, options=STATE)
+        if rank == 0:
+            for earlier in written:
+                earlier.result()
+            state = copy.deepcopy({"model": tensors, "optimizer": moments, "step": step, "best": best})
+            written[:] = [writer.submit(write_state, out_dir / f"step-{step:06}.pt", state)]
+
+    # --- the loop
+    stop = []  # a first SIGINT or SIGTERM ends the run after this step, a second one at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    if rank == 0:
+        trim_log(out_dir / "log.jsonl", start)
+        log = open(out_dir / "log.jsonl", "a", buffering=1)  # noqa: SIM115  closed when the process ends
+
+    def record(**line):
+        if rank == 0:
+            log.write(json.dumps(line) + "\n")
+
+    if start == 0:
+        val_loss = validate()
+        record(step=0, val_loss=val_loss)
+        say(f"step 0: validation loss {val_loss:.4f}")
+    bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
+    for step in bar:
+        t0 = time.perf_counter()
+        torch.manual_seed(args.seed + 1_000_003 * (step + 1) + rank)  # so that no random state need be saved
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan.steps, args.warmup, args.lr)
+        micro_batches = deal(plan[step], train.lengths, args.max_tokens, world)[rank]
+        n_targets = max(1, sum(train.n_targets(i, args.mask_prompt) for i in plan[step]))
+        stats = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, asked to stop
+        for i, indices in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            if args.fsdp:  # gradients are exchanged once, with the last micro-batch
+                model.set_requires_gradient_sync(last)
+            elif mesh:
+                net.require_backward_grad_sync = last
+            loss = net(*train.batch(indices, args.mask_prompt, device))
+            (loss * (world / n_targets)).backward()  # DDP and FSDP take the mean over processes; we want the sum
+            stats[0] += loss.detach().double()
+        norm = nn.utils.clip_grad_norm_(trainable(model), args.grad_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad()
+        stats[1] = len(stop)
+        if mesh:
+            dist.all_reduce(stats)
+        loss, stopping = stats[0].item() / n_targets, stats[1].item() > 0
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} at step {step + 1}: a lower --lr, or --dtype float32, may help")
+        seconds = time.perf_counter() - t0
+        record(
+            step=step + 1,
+            loss=loss,
+            lr=optimizer.param_groups[0]["lr"],
+            grad_norm=norm.item(),
+            tokens=n_targets,
+            tokens_per_second=n_targets / seconds,
+            peak_memory=peak_memory(device),
+        )
+        bar.set_postfix_str(f"loss {loss:.4f}, {n_targets / seconds:,.0f} tokens/s")
+
+        done = step + 1 == plan.steps
+        if done or (step + 1) % args.eval_interval == 0:
+            val_loss = validate()
+            record(step=step + 1, val_loss=val_loss)
+            say(f"step {step + 1}: training loss {loss:.4f}, validation loss {val_loss:.4f}")
+            if not val_loss >= best:  # nan, where nothing is held out: the last adapter is kept
+                best = val_loss
+                write_adapter()
+        if done or stopping or (step + 1) % args.save_interval == 0:
+            save_state(step + 1)
+        if stopping and not done:
+            writer.shutdown()
+            say(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume goes on from there")
+            sys.exit(128 + stop[0] if stop else 1)
+    writer.shutdown()
+
+    # --- the result: merged from the checkpoint's own weights, whatever --dtype they were trained in
+    if args.method == "full":
+        model.history = [*(ckpt.history if ckpt else []), {"method": "full", "data": str(data), "steps": plan.steps}]
+        tokenizer = load_tokenizer(ckpt.tokenizer if ckpt else args.tokenizer)
+        save(model, out_dir / "merged.pt", tokenizer)
+    elif rank == 0:
+        write_checkpoint(merge_checkpoint(ckpt, out_dir / "adapter.pt"), out_dir / "merged.pt")
+    if rank == 0:
+        say(f"wrote {out_dir}/adapter.pt and {out_dir}/merged.pt")
+    if mesh:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli(main)
