@@ -259,7 +259,8 @@ def build(args, config) -> Llama:
     with torch.device("meta"):
         model = Llama(config).to(getattr(torch, args.dtype))
         if args.method != "full":
-            inject(model, method=args.method, r=args.r, scale=args.scale, matmul=args.matmul)
+            options = {"matmul": args.matmul} if args.method == "spp" else {}
+            inject(model, method=args.method, r=args.r, scale=args.scale, **options)
     model.activation_checkpointing = args.activation_checkpointing
     return model
 
