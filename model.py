@@ -311,12 +311,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def check_out(path: str | Path) -> Path:
     """Refuses, before any work is done, an --out that could not be written after it."""
     path = Path(path)
-    if path.suffix != ".pt" and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {path}: the directory is not empty; name a new one or remove it")
-    if path.suffix == ".pt" and path.is_dir():
-        raise UserError(f"--out {path}: is a directory, and a .pt name is a file")
-    if path.suffix != ".pt" and path.is_file():
+    file = path.suffix in (".pt", ".npy", ".json")
+    if file and path.is_dir():
+        raise UserError(f"--out {path}: is a directory, and a {path.suffix} name is a file")
+    if not file and path.is_file():
         raise UserError(f"--out {path}: is a file; a name without .pt is a directory")
+    if not file and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {path}: the directory is not empty; name a new one or remove it")
     try:
         existing = next(p for p in path.absolute().parents if p.exists())
         tempfile.TemporaryFile(dir=existing).close()
@@ -336,7 +337,11 @@ def read_json(path: str | Path):
 
 
 def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece model from a file, a directory that holds tokenizer.model, or its bytes."""
+    """A sentencepiece model from its bytes, a file, a directory that holds tokenizer.model, or a .pt of ours."""
+    if isinstance(source, str | Path) and Path(source).suffix == ".pt":
+        source = open_checkpoint(path := source).tokenizer
+        if not source:
+            raise UserError(f"{path}: holds no tokenizer")
     if isinstance(source, str | Path) and Path(source).is_dir():
         source = Path(source) / "tokenizer.model"
     name = "the checkpoint's tokenizer" if isinstance(source, bytes) else source

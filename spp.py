@@ -83,8 +83,8 @@ def round_to(W: Tensor, dtype: torch.dtype, seed: int | None) -> Tensor:
 class Formed(torch.autograd.Function):
     """y = x W^^T, where W^ = layer.form(W, *factors) is made twice and kept never: 3 units (see the file's docstring).
 
-    x (..., n), W (m, n), factors: whatever `layer` learns. `layer.pull(G, W, *factors)` turns the weight-sized gradient
-    G (m, n), which it may overwrite, into the gradients of W (None where it is frozen) and of the factors. Nothing saved
+    x (..., n), W (m, n), factors: what `layer` learns. `layer.pull(G, W, *factors)` turns the weight-sized gradient G
+    (m, n), which it may overwrite, into the gradients of W (None where it is frozen) and of the factors. Nothing saved
     is a view or a cast of W, so that FSDP can free the gathered weight between the passes.
     """
 
