@@ -307,7 +307,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def learned(model: Llama) -> dict[str, Tensor]:
     """The trainable parameters, whole, on the CPU of rank 0 (elsewhere empty): a collective under FSDP."""
-    return get_model_state_dict(model, options=STATE)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: w for name, w in get_model_state_dict(model, options=STATE).items() if name in names}
 
 
 # The library's own gathering and dealing of sharded states: names are the model's, whatever wraps it.
