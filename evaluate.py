@@ -35,8 +35,8 @@ its seqlen - 1 targets). Compare figures of one seqlen only. lm-eval's `wikitext
 perplexity) is another number; its samples file is read too.
 
 Known differences: sentencepiece tokenises; a Hugging Face tokenizer.json drops the first space of a text that begins
-with one, so that lm-eval's rolling scores of such pages differ by about 0.03%. lm-eval rounds scores to the model's dtype
-before it compares them; here they are float32.
+with one, so that lm-eval's rolling scores of such pages differ by about 0.03%. lm-eval rounds scores to the model's
+dtype before it compares them; here they are float32.
 """
 
 import argparse

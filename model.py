@@ -365,6 +365,7 @@ class Checkpoint(Mapping):
     def __init__(self, path, config: LlamaConfig, tensors: dict[str, Callable[[], Tensor]], tokenizer=None, history=()):
         self.path, self.config, self.tensors = path, config, tensors
         self.tokenizer, self.history = tokenizer, list(history)
+        self.shapes = {}  # what is known of them without reading a tensor
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]()
@@ -403,6 +404,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ckpt = open_meta(path)
     else:
         raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
+    for field in dataclasses.fields(LlamaConfig):
+        value = getattr(ckpt.config, field.name)
+        if field.type is int and not (type(value) is int and 0 < value < 2**31):
+            raise UserError(f"{path}: config: {field.name} is {value!r}, expected a whole number above 0")
+    if ckpt.config.n_layers > len(ckpt):
+        raise UserError(f"{path}: config: {ckpt.config.n_layers} layers, but only {len(ckpt)} tensors")
     with torch.device("meta"):
         model = Llama(ckpt.config)
     want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
@@ -413,10 +420,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
         raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
-    if path.is_file() or (path / "config.json").exists():  # Meta's parts are checked as they are joined
-        for name, shape in want.items():
-            if tuple(ckpt[name].shape) != shape:
-                raise UserError(f"{path}: {name} has shape {tuple(ckpt[name].shape)}, its config says {shape}")
+    for name, shape in want.items():
+        if ckpt.shapes.get(name, shape) != shape:
+            raise UserError(f"{path}: {name} has shape {ckpt.shapes[name]}, its config says {shape}")
     if ckpt.tokenizer:
         size = load_tokenizer(ckpt.tokenizer).vocab_size()
         if size > ckpt.config.vocab_size:
@@ -444,9 +450,19 @@ def open_pt(path: Path) -> Checkpoint:
         config = LlamaConfig(**data["config"])
     except TypeError as e:
         raise UserError(f"{path}: its config is not a LLaMA's: {e}") from None
+    shapes = tensor_shapes(data["model"], path)
     # Mapped again at each access, so that pages read earlier do not stay resident while a large model is walked.
-    tensors = {name: functools.partial(lambda name: torch_load(path)["model"][name], name) for name in data["model"]}
-    return Checkpoint(path, config, tensors, data.get("tokenizer"), data.get("history", ()))
+    tensors = {name: functools.partial(lambda name: torch_load(path)["model"][name], name) for name in shapes}
+    ckpt = Checkpoint(path, config, tensors, data.get("tokenizer"), data.get("history", ()))
+    ckpt.shapes = shapes
+    return ckpt
+
+
+def tensor_shapes(state, path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a state dict, checked to be one."""
+    if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+        raise UserError(f"{path}: its state dict holds what is no tensor")
+    return {str(name): tuple(w.shape) for name, w in state.items()}
 
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -456,29 +472,49 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
     """The header of a .safetensors file: name -> (dtype, shape, first byte, end), each checked against the file.
 
     Layout: 8 bytes with the header's length (little-endian), the header as JSON, then the tensors' bytes, to which
-    the header's offsets are relative.
+    the header's offsets are relative, without holes or overlaps.
     """
+
+    def damaged(what):
+        return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
+
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if n > size - 8:
-            raise UserError(f"{path}: is truncated or no safetensors file: {size} bytes, header of {n}")
+        if n > min(size - 8, 100 * 2**20):  # the format's own limit
+            raise damaged(f"{size} bytes with a header of {n}")
         try:
-            header = json.loads(f.read(n))
-        except ValueError:
-            raise UserError(f"{path}: its safetensors header is not JSON") from None
+            header = json.loads(f.read(n), object_pairs_hook=unique)
+        except (ValueError, RecursionError):
+            raise damaged("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
     start, index = 8 + n, {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        dtype, shape, (a, b) = SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        if dtype is None:
-            raise UserError(f"{path}: {name} is {entry['dtype']}; readable are {', '.join(SAFETENSORS_DTYPES)}")
-        if not 0 <= a <= b <= size - start or b - a != math.prod(shape) * dtype.itemsize:
-            raise UserError(
-                f"{path}: {name} lies at bytes {a} to {b} of {size - start}: the file is truncated or damaged"
-            )
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(a), int(b)]}:
+                if dtype not in SAFETENSORS_DTYPES:
+                    raise UserError(f"{path}: {name} is {dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
+                dtype = SAFETENSORS_DTYPES[dtype]
+            case _:
+                raise damaged(f"{name} has no dtype, shape and data_offsets")
+        if not all(type(d) is int and d >= 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
+            raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
         index[name] = (dtype, shape, start + a, start + b)
+    at = start
+    for name, (_, _, first, end) in sorted(index.items(), key=lambda item: item[1][2:]):
+        if first != at or end > size:
+            raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {at}")
+        at = end
     return index
+
+
+def unique(pairs: list) -> dict:
+    """A JSON object's pairs as a dict; a name that stands twice is an error."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
@@ -490,26 +526,23 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
 
 
 def open_hf(path: Path) -> Checkpoint:
-    tensors = {}
+    tensors, shapes = {}, {}
     for file in sorted(path.glob("*.safetensors")):
         for name, entry in safetensors_index(file).items():
-            tensors[name] = functools.partial(map_tensor, file, *entry)
+            tensors[name], shapes[name] = functools.partial(map_tensor, file, *entry), tuple(entry[1])
     if not tensors:
         for file in sorted(path.glob("pytorch_model*.bin")):
-            for name in torch_load(file):
+            for name, shape in tensor_shapes(torch_load(file), file).items():
                 tensors[name] = functools.partial(lambda file, name: torch_load(file)[name], file, name)
+                shapes[name] = shape
     if not tensors:
         raise UserError(f"{path}: holds config.json but neither *.safetensors nor pytorch_model*.bin")
     tensors = {name: get for name, get in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    tokenizer = path / "tokenizer.model"
-    history = path / "history.json"
-    return Checkpoint(
-        path,
-        hf_to_config(read_json(path / "config.json"), path),
-        tensors,
-        tokenizer.read_bytes() if tokenizer.exists() else None,
-        read_json(history) if history.exists() else (),
-    )
+    config = hf_to_config(read_json(path / "config.json"), path)
+    tokenizer, history = path / "tokenizer.model", path / "history.json"
+    ckpt = Checkpoint(path, config, tensors, history=read_json(history) if history.exists() else ())
+    ckpt.tokenizer, ckpt.shapes = tokenizer.read_bytes() if tokenizer.exists() else None, shapes
+    return ckpt
 
 
 def hf_to_config(c: dict, path: Path) -> LlamaConfig:
@@ -542,6 +575,8 @@ def hf_to_config(c: dict, path: Path) -> LlamaConfig:
         )
     except KeyError as e:
         raise UserError(f"{path}/config.json: has no {e}") from None
+    except TypeError as e:
+        raise UserError(f"{path}/config.json: a size is not a number ({e})") from None
 
 
 def open_meta(path: Path) -> Checkpoint:

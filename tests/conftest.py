@@ -1,0 +1,55 @@
+"""What several test files need: a tokenizer and a model so small that making them takes a second."""
+
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from model import PRESETS, Llama, save
+
+SHARED = Path(__file__).parents[2] / "shared" / "real"
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason=f"{SHARED} is absent: real inputs are not in the repository"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A sentencepiece model of at most 256 pieces, trained on words made up here."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    rng = random.Random(0)
+    words = [
+        "".join(rng.choice("bdfgklmnprstv") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) for _ in range(200)
+    ]
+    lines = [" ".join(rng.choices(words, k=12)).capitalize() + rng.choice(".?!:") for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join([*lines, "Question: Answer: Instruction Response Input 0123456789 ä €"]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=256,
+        model_type="bpe",
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    return sentencepiece.SentencePieceProcessor(str(tokenizer_file))
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory, tokenizer) -> Path:
+    """A .pt of a random model of the "test" preset, with the tokenizer."""
+    torch.manual_seed(0)
+    model = Llama(PRESETS["test"])
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(5)  # so that its predictions differ
+    path = tmp_path_factory.mktemp("checkpoint") / "random.pt"
+    save(model, path, tokenizer)
+    return path

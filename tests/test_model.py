@@ -1,0 +1,363 @@
+"""What model.py promises: transformers' LLaMA to the last digits, every layout to the same weights, no half file."""
+
+import dataclasses
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import SHARED, needs_shared
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaConfig as HFConfig
+
+from model import (
+    PRESETS,
+    Llama,
+    LlamaConfig,
+    UserError,
+    load,
+    map_tensor,
+    open_checkpoint,
+    rope_tables,
+    safetensors_index,
+    save,
+    write_checkpoint,
+)
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {
+    "llama-1": {},
+    "grouped-query": {"num_key_value_heads": 2, "max_position_embeddings": 4096},
+    "tied": {"tie_word_embeddings": True},
+    "another theta": {"rope_theta": 500000.0},
+    "another head width": {"head_dim": 24},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}
+
+
+def hf_model(**options) -> LlamaForCausalLM:
+    """A random model of transformers', its weights large enough that positions and heads matter."""
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(HFConfig(**(shape | options))).eval()
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_equal_transformers(tmp_path, options):
+    theirs = hf_model(**options)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours, _ = load(tmp_path / "hf")
+    tokens = torch.randint(0, 128, (2, 100))  # beyond the 64 positions it is made for
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_a_saved_directory_loads_in_transformers(tmp_path, options):
+    hf_model(**options).save_pretrained(tmp_path / "hf")
+    ours, _ = load(tmp_path / "hf")
+    save(ours, tmp_path / "ours")
+    tokens = torch.randint(0, 128, (2, 100))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@needs_shared
+def test_stories260k_equals_transformers_in_both_layouts():
+    theirs = LlamaForCausalLM.from_pretrained(SHARED / "stories260K" / "hf")
+    hf, _ = load(SHARED / "stories260K" / "hf")
+    meta, _ = load(SHARED / "stories260K" / "meta")
+    assert hf.state_dict().keys() == meta.state_dict().keys()
+    assert all(w.equal(meta.state_dict()[name]) for name, w in hf.state_dict().items())
+    tokens = torch.randint(0, 512, (2, 300))
+    with torch.no_grad():
+        assert (hf(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
+        ("llama-65b", 65_285_660_672),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Llama(PRESETS[preset]).parameters()) == count
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Llama(PRESETS["test"])
+
+
+def test_a_cache_gives_the_logits_of_the_whole(model):
+    tokens, cache = torch.randint(0, 256, (3, 20)), [[] for _ in model.model.layers]
+    parts = [model.hidden(part, cache=cache) for part in tokens.split([7, 1, 12], dim=1)]
+    torch.testing.assert_close(model.lm_head(torch.cat(parts, 1)), model(tokens))
+
+
+def test_blocks_can_be_called_one_at_a_time(model):
+    tokens = torch.randint(0, 256, (2, 9))
+    x = model.model.embed_tokens(tokens)
+    for block in model.model.layers:
+        x = block(x, *rope_tables(model.config, torch.arange(9), x.dtype))
+    assert model.lm_head(model.model.norm(x)).equal(model(tokens))
+
+
+def test_the_summed_loss_is_cross_entropys(model):
+    tokens = torch.randint(0, 256, (3, 60))
+    targets = tokens.roll(-1, 1).masked_fill(torch.rand(3, 60) < 0.3, -100)
+    model.activation_checkpointing = True
+    loss = model(tokens, targets)
+    expected = torch.nn.functional.cross_entropy(model(tokens).transpose(1, 2), targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, model.lm_head.weight), torch.autograd.grad(expected, model.lm_head.weight)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layouts
+
+
+def read_safetensors(path):
+    return {name: map_tensor(path, *entry) for name, entry in safetensors_index(path).items()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("first", ("a.pt", "a", "a-sharded"))
+@pytest.mark.parametrize("second", ("b.pt", "b", "b-sharded"))
+def test_round_trips_are_bit_for_bit(model, tokenizer, tmp_path, dtype, first, second):
+    model.to(dtype).history = [{"method": "wanda", "sparsity": "2:4"}]
+    save(model, tmp_path / "model.pt", tokenizer)
+    source = open_checkpoint(tmp_path / "model.pt")
+    for name in (first, second):
+        size = 30_000 if "sharded" in name else 10**9
+        write_checkpoint(open_checkpoint(source.path), tmp_path / name, max_shard_size=size)
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1 or "sharded" not in name
+        again = open_checkpoint(tmp_path / name)
+        assert same(source, again) and again.config == model.config and again.history == model.history
+        assert again.tokenizer == tokenizer.serialized_model_proto()
+        assert again.fingerprint() == source.fingerprint()
+        source = again
+
+
+def write_meta(model: Llama, folder: Path, parts: int) -> None:
+    """Meta's layout from ours, written from its description: rows of wq and wk interleaved, matrices cut in parts."""
+    c, folder = model.config, folder
+    folder.mkdir()
+    params = {"dim": c.hidden_size, "multiple_of": 32, "n_heads": c.n_heads, "n_layers": c.n_layers}
+    params |= {"n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params))
+    names = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
+    names |= {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    out = [{"rope.freqs": torch.zeros(4)} for _ in range(parts)]
+    for name, w in model.state_dict().items():
+        name = name.removeprefix("model.").replace("self_attn.", "attention.").replace("mlp.", "feed_forward.")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        name = name.replace("input_layernorm", "attention_norm").replace("post_attention_layernorm", "ffn_norm")
+        name = name.replace("embed_tokens", "tok_embeddings").replace("lm_head", "output")
+        if "wq" in name or "wk" in name:
+            heads = w.view(-1, 2, c.head_dim // 2, c.hidden_size)  # (head, half, i) -> (head, i, half)
+            w = heads.transpose(1, 2).reshape(w.shape)
+        dim = 1 if any(x in name for x in ("wo.", "w2.", "tok_emb")) else 0
+        pieces = [w] * parts if w.dim() == 1 else w.chunk(parts, dim)
+        for part, piece in zip(out, pieces, strict=True):
+            part[name] = piece.clone()
+    for i, part in enumerate(out):
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+
+
+@pytest.mark.parametrize("parts", (1, 2))
+def test_metas_parts_are_joined(model, tmp_path, parts):
+    write_meta(model, tmp_path / "meta", parts)
+    joined, _ = load(tmp_path / "meta")
+    assert same(joined.state_dict(), model.state_dict())
+
+
+def test_files_are_exchanged_with_the_safetensors_library(model, tmp_path):
+    save(model, tmp_path / "ours")
+    theirs = safetensors.torch.load_file(tmp_path / "ours" / "model.safetensors")
+    assert same(theirs, model.state_dict())
+    safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
+    assert same(read_safetensors(tmp_path / "theirs.safetensors"), theirs)
+
+
+def test_old_bin_files_load(model, tmp_path):
+    save(model, tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    names = list(model.state_dict())
+    for i, part in enumerate((names[:9], names[9:])):
+        weights = {name: model.state_dict()[name] for name in part}
+        torch.save(
+            weights | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+            tmp_path / "bin" / f"pytorch_model-{i}.bin",
+        )
+    assert same(load(tmp_path / "bin")[0].state_dict(), model.state_dict())
+
+
+def test_the_command_converts(random_checkpoint, tmp_path):
+    result = command("--ckpt", random_checkpoint, "--out", tmp_path / "hf")
+    assert result.returncode == 0, result.stderr
+    assert same(open_checkpoint(tmp_path / "hf"), open_checkpoint(random_checkpoint))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is wrong with a file is said in one line; nothing is left half-written
+
+
+def command(*flags):
+    line = [sys.executable, str(ROOT / "model.py"), *map(str, flags)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def directory(model, tokenizer, tmp_path):
+    save(model, tmp_path / "hf", tokenizer)
+    return tmp_path / "hf"
+
+
+def edit(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda d: shutil.rmtree(d), "no such checkpoint"),
+        (lambda d: (d / "config.json").unlink(), "neither config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+        (lambda d: edit(d / "config.json", model_type="gpt2"), "gpt2"),
+        (lambda d: edit(d / "config.json", attention_bias=True), "attention_bias"),
+        (lambda d: edit(d / "config.json", rope_scaling={"type": "yarn", "factor": 2}), "yarn"),
+        (lambda d: edit(d / "config.json", num_hidden_layers=3), "is missing"),
+        (lambda d: edit(d / "config.json", num_hidden_layers=1), "not a LLaMA's"),
+        (lambda d: edit(d / "config.json", vocab_size=300), "has shape"),
+        (lambda d: edit(d / "config.json", hidden_size="x"), "hidden_size"),
+        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1000]), "truncated"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "neither \\*.safetensors"),
+        (lambda d: (d / "tokenizer.model").write_bytes(b"junk"), "sentencepiece"),
+    ],
+)
+def test_a_damaged_directory_is_named(directory, tmp_path, harm, words):
+    harm(directory)
+    with pytest.raises(UserError, match=words) as e:
+        open_checkpoint(directory)
+    assert str(directory) in str(e.value) or "tokenizer" in str(e.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):
+    config = dataclasses.replace(PRESETS["test"], vocab_size=tokenizer.vocab_size() - 1)
+    save(Llama(config), tmp_path / "model.pt", tokenizer)
+    with pytest.raises(UserError, match="its tokenizer has"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_damaged_pt_is_one_line_and_status_2(random_checkpoint, tmp_path):
+    data = random_checkpoint.read_bytes()
+    for i, damaged in enumerate((b"", b"not a zip", data[: len(data) // 2], data[:-10])):
+        (tmp_path / f"{i}.pt").write_bytes(damaged)
+        result = command("--ckpt", tmp_path / f"{i}.pt", "--out", tmp_path / "out")
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert f"{i}.pt" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"config": {}, "model": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="bomb.pt"):
+        open_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("out", ("/proc/no/model.pt", "/dev/null/model"))
+def test_an_out_that_cannot_be_written_is_refused(random_checkpoint, out):
+    result = command("--ckpt", random_checkpoint, "--out", out)
+    assert result.returncode == 2 and out in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_directory_that_is_not_empty_is_refused(directory, random_checkpoint):
+    before = sorted(p.name for p in directory.iterdir())
+    result = command("--ckpt", random_checkpoint, "--out", directory)
+    assert result.returncode == 2 and "not empty" in result.stderr
+    assert before == sorted(p.name for p in directory.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(model, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def mutate(header: bytes, rng: random.Random) -> bytes:
+    header = bytearray(header)
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(header))
+        kind = rng.random()
+        if kind < 0.5:
+            header[i] = rng.randrange(256)
+        elif kind < 0.7:
+            del header[i : i + rng.randint(1, 9)]
+        else:
+            header[i:i] = rng.choice([b"9", b"-", b"[", b'"', b"null", b"1e9", b"{", b","])
+    return bytes(header)
+
+
+def test_mutated_safetensors_headers_are_refused_or_read(model, tmp_path):
+    save(model, tmp_path / "hf")
+    data = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    rng, refused = random.Random(0), 0
+    file = tmp_path / "mutated.safetensors"
+    for _ in range(300):
+        header = mutate(data[8 : 8 + n], rng)
+        length = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**40, 2**63, len(header) + 3])
+        file.write_bytes(struct.pack("<Q", length) + header + data[8 + n :])
+        try:
+            tensors = read_safetensors(file)
+            assert sum(w.numel() * w.element_size() for w in tensors.values()) <= len(data)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
+def test_config_defaults_are_llama_7b():
+    assert LlamaConfig() == PRESETS["llama-7b"]
