@@ -29,7 +29,7 @@ import sentencepiece
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.alpaca.prepare import check_folder, write_folder  # noqa: E402
+from data.alpaca.prepare import check_folder, prompt, write_folder  # noqa: E402
 from model import UserError, atomic, cli  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,13 +232,31 @@ def make_world(rng: random.Random) -> list[Fact]:
     return [Fact(*fact, asked=rng.randrange(4)) for fact in facts]
 
 
+ABOUT = ("Write a few sentences about {topic}.", "Tell me what you know about {topic}.", "Describe {topic}.")
+
+
+def paragraph(facts: list[Fact], rng: random.Random) -> str:
+    """Two to four facts of one topic."""
+    return " ".join(fact.tell(rng) for fact in rng.sample(facts, min(len(facts), rng.randint(2, 4))))
+
+
+def make_instruction(topics: dict[str, list[Fact]], rng: random.Random) -> dict:
+    """An Alpaca record: to answer with one fact, or to write a paragraph."""
+    topic, facts = rng.choices(list(topics.items()), [len(facts) for facts in topics.values()])[0]
+    if rng.random() < 0.5:
+        return rng.choice(facts).instruct(rng)
+    about = {"sum": "sums"}.get(topic, f"the {topic}" if topic in THINGS else topic)
+    return {"instruction": rng.choice(ABOUT).format(topic=about), "input": "", "output": paragraph(facts, rng)}
+
+
 def make_page(topics: dict[str, list[Fact]], rng: random.Random) -> str:
-    """Four to eight paragraphs, each two to four facts of one topic; topics are as frequent as their facts are many."""
-    paragraphs = []
-    for facts in rng.choices(list(topics.values()), [len(facts) for facts in topics.values()], k=rng.randint(4, 8)):
-        told = rng.sample(facts, min(len(facts), rng.randint(2, 4)))
-        paragraphs.append(" ".join(fact.tell(rng) for fact in told))
-    return "\n\n".join(paragraphs)
+    """Four to eight paragraphs; topics are as frequent as their facts are many. Every tenth page is an instruction and
+    its answer: a LLaMA, too, has met such text before it is fine-tuned."""
+    if rng.random() < 0.1:
+        record = make_instruction(topics, rng)
+        return prompt(record) + record["output"]
+    chosen = rng.choices(list(topics.values()), [len(facts) for facts in topics.values()], k=rng.randint(4, 8))
+    return "\n\n".join(paragraph(facts, rng) for facts in chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,7 +321,7 @@ def main():
         "text.txt": "\n\n".join(pages),
         "heldout.txt": "\n\n".join(heldout),
         "calib.jsonl": lines({"text": "\n\n".join(calib[i : i + 4])} for i in range(0, len(calib), 4)),
-        "alpaca.json": json.dumps([rng.choice(facts).instruct(rng) for _ in range(args.instructions)], indent=1),
+        "alpaca.json": json.dumps([make_instruction(topics, rng) for _ in range(args.instructions)], indent=1),
     }
     files |= {f"samples_{kind}.jsonl": lines(records) for kind, records in questions.items()}
     for name, content in files.items():
