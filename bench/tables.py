@@ -79,8 +79,8 @@ def svg(rows: list[dict]) -> str:
         parts.append(f'<text x="172" y="{y + 16}" text-anchor="end">{r["sparsity"]} {r["method"]}</text>')
         parts.append(f'<rect x="180" y="{y + 3}" width="{400 * r["mean"]:.1f}" height="18" fill="{colour}"/>')
         parts.append(f'<text x="{186 + 400 * r["mean"]:.1f}" y="{y + 16}">{100 * r["mean"]:.1f}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{26 * len(rows)}" font-family="sans-serif" font-size="12">'
-    return head + "".join(parts) + "</svg>\n"
+    size = f'width="640" height="{26 * len(rows)}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>' + "".join(parts) + "</svg>\n"
 
 
 def main():
