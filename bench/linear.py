@@ -1,0 +1,183 @@
+"""SPPLinear against its floors: FLOPs counted, bytes kept for the backward pass counted, time as a ratio of medians.
+
+    python bench/linear.py                                   # CPU, one thread, the shapes of the README's table
+    python bench/linear.py --device cuda --dtype bfloat16    # LLaMA-7B's shapes at T = 4,096
+    python bench/linear.py --plot assets/linear.png          # also draws time and memory (matplotlib)
+
+All forms run in turn in one process, so that a machine that slows down slows all of them. A unit is one product of
+T x n by n x m, 2*T*m*n FLOPs. Floors: a frozen linear (2 units), and one whose weight gets a gradient (3 units).
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from spp import LoRALinear, SPPLinear  # noqa: E402
+
+FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
+
+
+def make(form: str, m: int, n: int, dtype, device, stochastic: bool) -> nn.Module:
+    linear = nn.Linear(n, m, bias=False, dtype=dtype, device=device)
+    linear.weight.data *= torch.rand(m, n, device=device) < 0.5
+    linear.weight.requires_grad_(form == "floor")
+    if form == "lora":
+        layer = LoRALinear(linear, r=8)
+        nn.init.normal_(layer.B, std=0.01)
+        return layer
+    if form in ("fused", "chunked", "repeat"):
+        layer = SPPLinear(linear, r=16, matmul=form)
+        layer.stochastic = stochastic
+        nn.init.uniform_(layer.beta, -0.1, 0.1)
+        return layer
+    return linear
+
+
+def step(layer, x, g):
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    layer(x).backward(g)
+
+
+def units(layer, x, g, m, n) -> float:
+    with FlopCounterMode(display=False) as counter:
+        step(layer, x, g)
+    reductions = 4 * m * n if getattr(layer, "matmul", "") == "fused" else 0  # matrix-vector products, whatever T is
+    return (counter.get_total_flops() - reductions) / (2 * len(x) * m * n)
+
+
+def saved_bytes(layer, x) -> int:
+    """Kept for backward beyond x and the parameters, each storage once."""
+    known, saved = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)  # noqa: F841  its graph must live while storages are told apart
+    return sum(saved.values())
+
+
+def clock(layer, x, g) -> float:
+    cuda = x.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(layer, x, g)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(T: int, n: int, m: int, dtype, device, repeats: int, stochastic: bool) -> dict[str, dict]:
+    x = torch.randn(T, n, dtype=dtype, device=device).requires_grad_()
+    g = torch.randn(T, m, dtype=dtype, device=device)
+    layers = {form: make(form, m, n, dtype, device, stochastic) for form in FORMS}
+    rows = {
+        form: {"units": units(layer, x, g, m, n), "saved": saved_bytes(layer, x) / (m * n * dtype.itemsize)}
+        for form, layer in layers.items()
+    }
+    times = {form: [] for form in FORMS}
+    for i in range(repeats + 3):
+        for form, layer in layers.items():
+            seconds = clock(layer, x, g)
+            if i >= 3:  # warm-up
+                times[form].append(seconds)
+    for form in FORMS:
+        rows[form]["seconds"] = statistics.median(times[form])
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(layers[form], x, g)
+            rows[form]["peak"] = torch.cuda.max_memory_allocated() - before
+    return rows
+
+
+def print_table(T, n, m, rows) -> None:
+    seconds = {form: row["seconds"] for form, row in rows.items()}
+    for form, row in rows.items():
+        ratios = " | ".join(f"{seconds[form] / seconds[base]:.2f}" for base in ("floor", "lora", "chunked"))
+        print(
+            f"| {T}, {n}, {m} | {form} | {row['units']:.2f} | {row['saved']:.3f} | {1000 * seconds[form]:.2f} | {ratios} |",
+            flush=True,
+        )
+
+
+def plot(results: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+    for i, (shape, rows) in enumerate(results.items()):
+        for ax, key, base in ((axes[0], "seconds", rows["floor"]["seconds"]), (axes[1], "saved", 1)):
+            xs = [j + 0.8 * i / len(results) for j in range(len(FORMS))]
+            ax.bar(
+                xs,
+                [rows[form][key] / base for form in FORMS],
+                0.8 / len(results),
+                label="T, n, m = {}, {}, {}".format(*shape),
+            )
+    for ax, title in zip(
+        axes, ("time of a step / the 3-unit floor", "kept for backward / one m x n weight"), strict=True
+    ):
+        ax.set_xticks([j + 0.3 for j in range(len(FORMS))], FORMS)
+        ax.set_title(title, fontsize=10)
+    axes[0].axhline(1, color="black", lw=0.5)
+    axes[0].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time, FLOPs and memory of every form of SPPLinear.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=25, help="paired repeats (default: 25)")
+    parser.add_argument("--nearest", action="store_true", help="bfloat16: round to the nearest, not stochastically")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+        shapes = [(T, 1024, m) for T in (512, 2048) for m in (1024, 2816)]
+    else:
+        shapes = [(4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]
+    name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.processor() or platform.machine()}, one thread"
+    )
+    print(f"{name}, torch {torch.__version__}, {args.dtype}, medians of {args.repeats} paired repeats\n")
+    print(
+        "| T, n, m | form | units | saved / mn | ms | / floor 3 | / LoRA | / chunked |\n|---|---|---|---|---|---|---|---|"
+    )
+    results = {}
+    for T, n, m in shapes:
+        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats, not args.nearest)
+        print_table(T, n, m, results[T, n, m])
+    if args.device == "cuda":  # the seven linears of a block of LLaMA-7B
+        total = {
+            form: sum(k * results[shape][form]["seconds"] for shape, k in zip(shapes, (4, 2, 1), strict=True))
+            for form in FORMS
+        }
+        print("\n7 linears of a LLaMA-7B block: " + ", ".join(f"{form} {1000 * s:.2f} ms" for form, s in total.items()))
+        print(
+            f"fused / floor {total['fused'] / total['floor']:.2f}, / LoRA {total['fused'] / total['lora']:.2f}, / chunked {total['fused'] / total['chunked']:.2f}"
+        )
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
