@@ -99,10 +99,7 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
         groups = score.reshape(1, -1) if whole else score
         k = int(groups.shape[1] * sparsity)
     mask = torch.ones_like(groups, dtype=torch.bool)
-    rows = max(1, 2**24 // groups.shape[1])  # sorting takes 12 bytes an entry: not for a 28,672 x 8,192 matrix at once
-    for part, own in zip(groups.split(rows), mask.split(rows), strict=True):
-        own.scatter_(1, part.argsort(dim=1, stable=True)[:, :k], False)
-    return mask.view(score.shape)
+    return mask.scatter_(1, groups.argsort(dim=1, stable=True)[:, :k], False).view(score.shape)
 
 
 @dataclasses.dataclass
@@ -241,19 +238,23 @@ class Settings:
     threshold: float = 0.1
 
 
-def prune_linear(W: Tensor, s: Statistics, sparsity: Sparsity, settings: Settings, swaps: bool) -> Tensor:
-    """The pruned weight, in float32 or W's dtype."""
+def prune_linear(W: Tensor, s: Statistics, sparsity: Sparsity, settings: Settings, swaps: bool) -> None:
+    """Prunes W (R, C) in place."""
     if settings.method == "sparsegpt" and not settings.dsnot:
-        return sparsegpt(W, s.square == 0, s.U, sparsity)
-    score = W.float().abs()
-    if settings.method == "wanda":
-        score *= s.square.sqrt()
-    elif settings.method == "sparsegpt":
-        score = score.div_(s.U.diagonal()).square_()
-    mask = keep_mask(score, sparsity, whole=settings.method == "magnitude" and not settings.dsnot)
-    if swaps:
-        mask = dsnot(W, mask, score, s, sparsity, settings.dsnot, settings.threshold)
-    return W * mask
+        W.copy_(sparsegpt(W, s.square == 0, s.U, sparsity))
+        return
+    whole = settings.method == "magnitude" and not settings.dsnot and not isinstance(sparsity, tuple)
+    # Scores and sorting take 20 bytes an entry: a few rows at a time, where rows do not depend on each other.
+    for part in [W] if whole else W.split(max(1, 2**24 // W.shape[1])):
+        score = part.float().abs()
+        if settings.method == "wanda":
+            score *= s.square.sqrt()
+        elif settings.method == "sparsegpt":
+            score = score.div_(s.U.diagonal()).square_()
+        mask = keep_mask(score, sparsity, whole)
+        if swaps:
+            mask = dsnot(part, mask, score, s, sparsity, settings.dsnot, settings.threshold)
+        part.mul_(mask)
 
 
 @torch.no_grad()
@@ -262,7 +263,7 @@ def prune_block(
 ) -> list[dict]:
     """Prunes block i in place and carries x (sequences, T, C) through it, in place. Returns a report of each linear."""
     for name, p in block.named_parameters():
-        if not p.isfinite().all():
+        if not all(bound.isfinite() for bound in p.aminmax()):
             raise UserError(f"layers.{i}.{name}: the weights hold NaN or Inf")
     stats, report = gather(block, x, tables, batch, settings.method == "sparsegpt", bool(settings.dsnot)), []
     for first, names in GROUPS.items():
@@ -281,11 +282,10 @@ def prune_block(
             swaps = bool(settings.dsnot) and name.startswith("self_attn")
             W = linear.weight.data
             y = (s.sample @ W.T).float()
-            linear.weight.data = prune_linear(W, s, sparsity, settings, swaps).to(W.dtype)
-            change = ((s.sample @ linear.weight.data.T).float() - y).norm() / y.norm().clamp_min(1e-30)
-            zeros = (linear.weight == 0).sum().item()
+            prune_linear(W, s, sparsity, settings, swaps)
+            change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)
+            zeros = W.numel() - W.count_nonzero().item()
             report.append({"layer": full, "zeros": zeros, "size": W.numel(), "error": change.item()})
-            del W, y
         del s
     forward(block, x, tables, batch)
     return report

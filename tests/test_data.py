@@ -1,6 +1,7 @@
 """data/*/prepare.py: what is written is what was read, and bad input is one line that names it."""
 
 import dataclasses
+import gzip
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "real"
@@ -234,3 +236,141 @@ def test_real_alpaca_records_with_llamas_tokenizer(tmp_path, monkeypatch):
     texts = {alpaca.prompt(r) + r["output"] for r in json.loads((SHARED / "alpaca_en_demo.json").read_text())}
     whole = [sp.decode(t[1:-1]) for t, _ in train + val if t[-1] == sp.eos_id()]
     assert len(whole) > 900 and set(whole) <= texts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# C4: calibration windows
+
+
+def c4(tmp_path, *flags, lines=None):
+    words = ["bada kimu dogu ruku " * 30, "bada", "ruku mina bada " * 40]
+    source = tmp_path / "c4.jsonl"
+    source.write_text("".join(line + "\n" for line in lines or [json.dumps({"text": text}) for text in words]))
+    line = [
+        sys.executable,
+        ROOT / "data" / "c4" / "prepare.py",
+        "--json",
+        source,
+        "--out",
+        tmp_path / "calib.npy",
+        *flags,
+    ]
+    return subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=60)
+
+
+def test_calibration_windows_are_pieces_of_long_documents(tmp_path, tokenizer_file):
+    tokenizer = sentencepiece.SentencePieceProcessor(str(tokenizer_file))
+    result = c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 20, "--seqlen", 32)
+    assert result.returncode == 0, result.stderr
+    windows = np.load(tmp_path / "calib.npy")
+    assert windows.shape == (20, 32) and windows.dtype == np.int32
+    documents = [[1, *tokenizer.encode(text)] for text in ("bada kimu dogu ruku " * 30, "ruku mina bada " * 40)]
+    for w in windows.tolist():
+        assert any(w == d[i : i + 32] for d in documents for i in range(len(d) - 32))
+
+
+def test_gzipped_c4_gives_the_same_windows(tmp_path, tokenizer_file):
+    c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 4, "--seqlen", 16)
+    plain = np.load(tmp_path / "calib.npy")
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress((tmp_path / "c4.jsonl").read_bytes()))
+    c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 4, "--seqlen", 16, "--json", tmp_path / "c4.json.gz")
+    assert np.array_equal(plain, np.load(tmp_path / "calib.npy"))
+
+
+@pytest.mark.parametrize(
+    "flags, lines, words",
+    [
+        (("--seqlen", 9999), None, "none of the 3 documents"),
+        (("--seqlen", 0), None, "--seqlen 0"),
+        (("--seqlen", 8), ["not json"], "line 1"),
+        (("--seqlen", 8), ['{"txt": 1}'], "line 1"),
+        (("--json", "nowhere.jsonl"), None, "nowhere.jsonl"),
+        (("--tokenizer", "nowhere.model"), None, "nowhere.model"),
+        (("--out", "calib.txt"), None, ".npy"),
+    ],
+)
+def test_wrong_calibration_input_is_one_line(tmp_path, tokenizer_file, flags, lines, words):
+    result = c4(tmp_path, "--tokenizer", tokenizer_file, *flags, lines=lines)
+    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "calib.npy").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# lm-eval's tasks without lm-eval
+
+
+def render(tmp_path, *flags):
+    line = [sys.executable, ROOT / "data" / "lm_eval" / "prepare.py", "--out", tmp_path, *flags]
+    return subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=60)
+
+
+@needs_shared
+@pytest.mark.parametrize("task", ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa"))
+@pytest.mark.parametrize("with_config", (False, True))
+def test_tasks_are_rendered_as_lm_eval_does(tmp_path, task, with_config):
+    samples = SHARED / "lm_eval" / "samples"
+    theirs = [json.loads(x) for x in (samples / f"dummy_0shot__{task}_local.jsonl").read_text().splitlines()]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(r["doc"]) + "\n" for r in theirs))
+    flags = ("--task", task, "--json", tmp_path / "docs.jsonl")
+    if with_config:
+        flags = ("--task", f"{task}_local", *flags[2:], "--config", samples / "dummy_0shot__results.json")
+    result = render(tmp_path, *flags)
+    if with_config and task in ("hellaswag", "winogrande"):
+        assert result.returncode == 2 and "Python" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    ours = [json.loads(x) for x in (tmp_path / f"samples_{flags[1]}.jsonl").read_text().splitlines()]
+    assert [r["arguments"] for r in ours] == [r["arguments"] for r in theirs]
+    assert [r["target"] for r in ours] == [r["target"] for r in theirs]
+
+
+@needs_shared
+def test_mmlu_is_rendered_with_its_five_shots(tmp_path):
+    theirs = [
+        json.loads(x)
+        for x in (SHARED / "lm_eval" / "samples" / "dummy_mmlu5__mmlu_abstract_algebra_local.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    # the shots are read back from the first context
+    blocks = theirs[0]["arguments"]["gen_args_0"]["arg_0"].split("\n\n")[1:6]
+    dev = []
+    for block in blocks:
+        question, rest = block.split("\nA. ")
+        a, rest = rest.split("\nB. ")
+        b, rest = rest.split("\nC. ")
+        c, rest = rest.split("\nD. ")
+        d, answer = rest.split("\nAnswer: ")
+        dev.append(
+            {
+                "question": question,
+                "choices": [a, b, c, d],
+                "answer": "ABCD".index(answer),
+                "subject": "abstract_algebra",
+            }
+        )
+    for name, docs in (("test", [r["doc"] for r in theirs]), ("dev", dev)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    result = render(tmp_path, "--task", "mmlu", "--json", tmp_path / "test.jsonl", "--shots", tmp_path / "dev.jsonl")
+    assert result.returncode == 0, result.stderr
+    ours = [json.loads(x) for x in (tmp_path / "samples_mmlu_abstract_algebra.jsonl").read_text().splitlines()]
+    assert [r["arguments"] for r in ours] == [r["arguments"] for r in theirs]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--task", "nope"), "--task nope"),
+        (("--task", "boolq", "--json", "nowhere"), "nowhere"),
+        (("--task", "boolq", "--json", __file__), "not a JSON document"),
+    ],
+)
+def test_wrong_task_input_is_one_line(tmp_path, flags, words):
+    result = render(tmp_path, *flags)
+    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_document_of_another_task_is_named(tmp_path):
+    (tmp_path / "docs.jsonl").write_text('{"question": "q"}\n')
+    result = render(tmp_path, "--task", "boolq", "--json", tmp_path / "docs.jsonl")
+    assert result.returncode == 2 and "document 0 is not of task boolq" in result.stderr

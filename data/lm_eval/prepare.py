@@ -1,0 +1,227 @@
+"""The paper's seven tasks and MMLU as lm-eval's samples files, without lm-eval.
+
+    python data/lm_eval/prepare.py --task arc_easy --out data/lm_eval                       # downloads the documents
+    python data/lm_eval/prepare.py --task boolq --json boolq.jsonl --out data/lm_eval       # or takes them from a file
+    python data/lm_eval/prepare.py --task mmlu --json test.jsonl --shots dev.jsonl --out data/lm_eval
+    python data/lm_eval/prepare.py --task piqa --json piqa.jsonl --config results_2026.json --out data/lm_eval
+
+A document becomes the contexts and continuations that lm-eval (0.4.0 to 0.4.13) renders for it; evaluate.py scores
+them.
+--json holds a document a line, in the shape of the task's data set. MMLU is 5-shot, the first five documents of --shots
+with the same subject, and gives a file a subject; the other tasks are zero-shot, as in the paper.
+
+Any other multiple-choice task whose description in lm-eval's own results file (`configs`) consists of templates and
+column names can be rendered with --config; one that holds Python is refused by name.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from model import UserError, atomic, cli, read_json  # noqa: E402
+
+
+def by_label(doc: dict) -> int:
+    return doc["choices"]["label"].index(doc["answerKey"].strip())
+
+
+def hellaswag_text(text: str) -> str:
+    """WikiHow's artefacts out of a HellaSwag text, to the letter as lm-eval does it: no strip at the end."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def hellaswag(doc: dict):
+    context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
+    return hellaswag_text(context), [hellaswag_text(ending) for ending in doc["endings"]], int(doc["label"])
+
+
+def winogrande(doc: dict):
+    """Two contexts, one continuation: lm-eval's target is the continuation, the gold is the document's answer."""
+    before, after = doc["sentence"].split("_", 1)
+    return [before + doc["option1"], before + doc["option2"]], [after.strip()] * 2, after.strip()
+
+
+def mmlu(doc: dict):
+    lines = [
+        doc["question"].strip(),
+        *(f"{letter}. {text}" for letter, text in zip("ABCD", doc["choices"], strict=True)),
+    ]
+    return "\n".join([*lines, "Answer:"]), list("ABCD"), doc["answer"]
+
+
+# task: (data set, configuration, split, document -> (context or contexts, choices, target))
+TASKS = {
+    "boolq": (
+        "aps/super_glue",
+        "boolq",
+        "validation",
+        lambda d: (f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:", ["no", "yes"], d["label"]),
+    ),
+    "rte": (
+        "nyu-mll/glue",
+        "rte",
+        "validation",
+        lambda d: (
+            f"{d['sentence1']}\nQuestion: {d['sentence2']} True or False?\nAnswer:",
+            ["True", "False"],
+            d["label"],
+        ),
+    ),
+    "hellaswag": ("Rowan/hellaswag", "default", "validation", hellaswag),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
+    "arc_easy": (
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "test",
+        lambda d: (f"Question: {d['question']}\nAnswer:", d["choices"]["text"], by_label(d)),
+    ),
+    "arc_challenge": (
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        "test",
+        lambda d: (f"Question: {d['question']}\nAnswer:", d["choices"]["text"], by_label(d)),
+    ),
+    "openbookqa": (
+        "allenai/openbookqa",
+        "main",
+        "test",
+        lambda d: (d["question_stem"], d["choices"]["text"], by_label(d)),
+    ),
+    "mmlu": ("cais/mmlu", "all", "test", mmlu),
+}
+
+
+def download(dataset: str, config: str, split: str) -> list[dict]:
+    """All rows of a data set, through the hub's rows interface, 100 at a time."""
+    rows, total = [], 1
+    while len(rows) < total:
+        query = urllib.parse.urlencode(
+            {"dataset": dataset, "config": config, "split": split, "offset": len(rows), "length": 100}
+        )
+        try:
+            with urllib.request.urlopen(f"https://datasets-server.huggingface.co/rows?{query}", timeout=60) as response:
+                page = json.load(response)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{dataset} cannot be downloaded ({e}); fetch it elsewhere and give it as --json") from None
+        total = page["num_rows_total"]
+        rows += [row["row"] for row in page["rows"]]
+    return rows
+
+
+def read_documents(path: str) -> list[dict]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        documents = [json.loads(line) for line in lines if line.strip()]
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path}: is not a JSON document a line: {e}") from None
+    if not documents or not all(isinstance(doc, dict) for doc in documents):
+        raise UserError(f"{path}: holds no documents")
+    return documents
+
+
+def from_config(config: dict, task: str):
+    """A render function from a task's description in lm-eval's results file: column names and Jinja templates."""
+    from jinja2 import Environment, StrictUndefined  # comes with torch
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, new: re.sub(pattern, new, text)
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs"):
+        if str(config.get(key) or "").startswith(("def ", "<function")):
+            raise UserError(f"--config: {task}: {key} is Python code, not a template; let lm-eval write its samples")
+    if config.get("output_type") != "multiple_choice" or config.get("num_fewshot"):
+        raise UserError(f"--config: {task}: only zero-shot multiple-choice tasks can be rendered")
+
+    def value(template, doc):
+        if not isinstance(template, str):
+            return template
+        if template in doc:
+            return doc[template]
+        text = environment.from_string(template).render(**doc)
+        try:
+            return ast.literal_eval(text) if text.startswith("[") else text
+        except (ValueError, SyntaxError):
+            return text
+
+    def render(doc):
+        context = config.get("description", "") + value(config["doc_to_text"], doc)
+        return context, value(config["doc_to_choice"], doc), value(config["doc_to_target"], doc)
+
+    return render
+
+
+def record(i: int, doc: dict, rendered, shots: str = "") -> dict:
+    """lm-eval's sample of one document; every continuation is a space and the choice."""
+    contexts, choices, target = rendered
+    contexts = contexts if isinstance(contexts, list) else [contexts] * len(choices)
+    pairs = zip(contexts, choices, strict=True)
+    return {
+        "doc_id": i,
+        "doc": doc,
+        "target": str(target),
+        "arguments": {f"gen_args_{k}": {"arg_0": shots + c, "arg_1": f" {text}"} for k, (c, text) in enumerate(pairs)},
+        "resps": [],
+        "filtered_resps": [],
+        "filter": "none",
+        "metrics": ["acc", "acc_norm"],
+    }
+
+
+def mmlu_shots(subject: str, documents: list[dict]) -> str:
+    """The header of a subject and its first five answered examples."""
+    own = [doc for doc in documents if doc["subject"] == subject][:5]
+    if len(own) < 5:
+        raise UserError(f"--shots: holds {len(own)} documents of {subject}, expected 5")
+    header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return header + "".join(f"{mmlu(doc)[0]} {'ABCD'[doc['answer']]}\n\n" for doc in own)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Render documents of a task as lm-eval's samples file.")
+    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or with --config any task it describes")
+    parser.add_argument("--json", help="the documents, one a line; by default downloaded")
+    parser.add_argument("--shots", help="mmlu: the dev split, one document a line; by default downloaded")
+    parser.add_argument("--config", help="a results file of lm-eval that describes the task")
+    parser.add_argument("--out", required=True, help="the folder to write samples_TASK.jsonl into")
+    args = parser.parse_args()
+    if not args.config and args.task not in TASKS:
+        raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
+    if args.config:
+        configs = read_json(args.config).get("configs", {})
+        if args.task not in configs or not args.json:
+            raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}; give --json as well")
+        render = from_config(configs[args.task], args.task)
+    else:
+        *source, render = TASKS[args.task]
+    documents = read_documents(args.json) if args.json else download(*source)
+    shots = ""
+    if args.task == "mmlu":
+        shots = read_documents(args.shots) if args.shots else download(source[0], source[1], "dev")
+    tasks = {}
+    for i, doc in enumerate(documents):
+        try:
+            if args.task == "mmlu":
+                records = tasks.setdefault(f"mmlu_{doc['subject']}", [])
+                records.append(record(len(records), doc, render(doc), mmlu_shots(doc["subject"], shots)))
+            else:
+                tasks.setdefault(args.task, []).append(record(i, doc, render(doc)))
+        except UserError:
+            raise
+        except Exception as e:  # whatever a template or a renderer does not find
+            raise UserError(f"{args.json or args.task}: document {i} is not of task {args.task}: {e!r}") from None
+    for task, records in tasks.items():
+        with atomic(Path(args.out) / f"samples_{task}.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        print(f"wrote {args.out}/samples_{task}.jsonl: {len(records)} documents")
+
+
+if __name__ == "__main__":
+    cli(main)
