@@ -38,9 +38,10 @@ What is saved is x and the parameters. Why not less than 3: dx needs all of W^, 
 over G at the non-zeros of W, each of which is a product of T terms: a third product, unless W is sparse enough for
 computing single entries to pay (about 90%). A linear that is frozen costs 2 units (y, dx), LoRA 2 and a little.
 
-bfloat16. Adapters are float32 whatever W is; W^ is formed in float32 and rounded once. Rounded to the nearest, W^ is W
-until |scale * alpha * beta| exceeds 2^-9: the network sees no update while beta is small, though beta moves. So in
-training W^ is rounded stochastically, up or down with the probability that makes it right on average.
+bfloat16. Adapters are float32 whatever W is; W^ is formed in float32 and rounded once, to the nearest. While
+|scale * alpha * beta| is below 2^-9 that is W itself, and the network does not see what was learned so far. It costs
+nothing that could be measured (bench/rounding.py): updates so small hardly move the gradient either, the float32
+factors keep summing it, and soon they are seen. `stochastic` rounds up or down at random, right on average.
 
 The other ways to learn under a mask are the same product with another W^, a few lines each (`METHODS`): all surviving
 weights (`masked`, equation 3), a dense weight whose mask follows it (`dynamic`, equation 2), W + mask o BA
@@ -113,7 +114,7 @@ class SparseLinear(nn.Module):
     """
 
     factors: tuple[str, ...] = ()  # names of what is learned beside W
-    stochastic = True  # bfloat16 only, while training
+    stochastic = False  # bfloat16 only, while training: see the file's docstring
 
     def __init__(self, linear: nn.Linear, r: int, scale: float):
         super().__init__()

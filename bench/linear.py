@@ -145,7 +145,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=25, help="paired repeats (default: 25)")
-    parser.add_argument("--nearest", action="store_true", help="bfloat16: round to the nearest, not stochastically")
+    parser.add_argument("--stochastic", action="store_true", help="bfloat16: round W^ stochastically")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -164,7 +164,7 @@ def main():
     )
     results = {}
     for T, n, m in shapes:
-        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats, not args.nearest)
+        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats, args.stochastic)
         print_table(T, n, m, results[T, n, m])
     if args.device == "cuda":  # the seven linears of a block of LLaMA-7B
         total = {

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from spp import (
     DynamicLinear,
     LoRALinear,
     MaskedLinear,
+    SparseLinear,
     SPPLinear,
     adapter_state,
     inject,
@@ -78,7 +80,6 @@ def test_every_form_has_the_outputs_and_gradients_of_equation_5(r, rows, n, toke
 def test_bf16_weights_with_float32_adapters(matmul, r):
     torch.manual_seed(0)
     layer = spp_layer(64, 48, r, matmul, torch.bfloat16)
-    layer.stochastic = False
     assert layer.alpha.dtype == layer.beta.dtype == torch.float32
     assert max(errors(layer, torch.randn(5, 48, dtype=torch.bfloat16))) < 2e-2
 
@@ -166,6 +167,7 @@ def test_a_layer_starts_at_the_pruned_weight(matmul):
 @pytest.mark.parametrize("matmul", FORMS)
 def test_a_layer_composes_with_activation_checkpointing(matmul):
     layer = spp_layer(16, 12, 4, matmul, torch.bfloat16)
+    layer.stochastic = True  # the recomputed pass must draw the same noise
     x = torch.randn(5, 12, dtype=torch.bfloat16, requires_grad=True)
     grads = []
     for recompute in (False, True):
@@ -373,3 +375,22 @@ def test_lora_is_lora():
     x = torch.randn(3, 12)
     torch.testing.assert_close(layer(x), x @ (layer.weight + 2 * layer.B @ layer.A).T)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
+
+
+def test_the_readmes_new_adapter_trains_and_merges(pruned):
+    """The ten lines under "Fork it", as they stand in the README."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = text.split("in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
+    names = {"SparseLinear": SparseLinear, "nn": nn, "torch": torch}
+    exec(code, names)
+    METHODS["row_scale"] = names["RowScale"]
+    try:
+        inject(pruned, method="row_scale")
+    finally:
+        del METHODS["row_scale"]
+    layer, x = pruned.model.layers[0].mlp.up_proj, torch.randn(3, 32, requires_grad=True)
+    nn.init.uniform_(layer.gain, 0.5, 1.5)
+    grads = torch.autograd.grad(layer(x).square().sum(), (x, layer.gain))
+    y = F.linear(x, layer.weight * layer.gain[:, None])
+    torch.testing.assert_close(grads, torch.autograd.grad(y.square().sum(), (x, layer.gain)))
+    merge(pruned)
