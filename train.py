@@ -74,7 +74,8 @@ from model import (
     torch_load,
     write_checkpoint,
 )
-from spp import inject, merge_checkpoint
+from prune import keep_mask, parse_sparsity
+from spp import DynamicLinear, inject, merge_checkpoint
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -108,6 +109,11 @@ def parse_args() -> argparse.Namespace:
     )
     add("--r", type=int, default=16, help="rows of alpha (SPP), or the rank of LoRA")
     add("--scale", type=float, default=2.0, help="the paper's s")
+    add("--no_beta", action="store_true", help="SPP without beta (Table 4)")
+    add("--zero_init", default="beta", choices=("beta", "alpha", "none", "both"), help="what starts at 0 (Table 8)")
+    add("--no_residual", action="store_true", help="multiply W by the factors in place of adding W~ (Remark 1)")
+    add("--sparsity", help="dynamic: the pattern to keep, such as 2:4")
+    add("--mask_interval", type=int, default=10, help="dynamic: steps between two masks")
     add("--matmul", default="fused", choices=("fused", "chunked", "repeat"), help="SPP's form: see spp.py")
     # the optimizer; None: the paper's, by size
     add("--lr", type=float, help="peak learning rate (default: the paper's for this size)")
@@ -254,13 +260,28 @@ def fingerprint(folder: Path) -> str:
 # the model: shapes first, then weights, whole or sharded
 
 
+def spp_options(args) -> dict:
+    """The ablations that the command asks for, as SPPLinear takes them."""
+    if args.method != "spp":
+        return {}
+    given = {"beta": not args.no_beta, "zero_init": args.zero_init, "residual": not args.no_residual}
+    return {k: v for k, v in given.items() if v not in (True, "beta")}
+
+
+def update_masks(model: Llama, sparsity) -> None:
+    """Equation 2: every dynamic layer's mask follows the magnitude of its dense weight."""
+    for module in model.modules():
+        if isinstance(module, DynamicLinear):
+            module.mask.copy_(keep_mask(module.weight.detach().abs(), sparsity))
+
+
 def build(args, config) -> Llama:
     """The model with its adapters on the meta device: shapes without memory."""
     with torch.device("meta"):
         model = Llama(config).to(getattr(torch, args.dtype))
         if args.method != "full":
-            options = {"matmul": args.matmul} if args.method == "spp" else {}
-            inject(model, method=args.method, r=args.r, scale=args.scale, **options)
+            matmul = {"matmul": args.matmul} if args.method == "spp" else {}
+            inject(model, method=args.method, r=args.r, scale=args.scale, **spp_options(args), **matmul)
     model.activation_checkpointing = args.activation_checkpointing
     return model
 
@@ -297,6 +318,9 @@ def materialise(model: Llama, weights, seed: int, device: str, mesh=None) -> Non
     state = model.state_dict()
     model.load_state_dict({k: local(k, p) for k, p in state.items() if k in weights}, strict=False, assign=True)
     model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, DynamicLinear):
+            module.mask = torch.ones_like(module.weight, dtype=torch.bool)
     if mesh is None:
         model.to(device)
 
@@ -306,8 +330,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def learned(model: Llama) -> dict[str, Tensor]:
-    """The trainable parameters, whole, on the CPU of rank 0 (elsewhere empty): a collective under FSDP."""
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    """Trainable parameters and masks, whole, on the CPU of rank 0 (elsewhere empty): a collective under FSDP."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad} | {k for k, _ in model.named_buffers()}
     return {name: w for name, w in get_model_state_dict(model, options=STATE).items() if name in names}
 
 
@@ -477,6 +501,14 @@ def resolve(args, config, ckpt: Checkpoint | None) -> None:
             raise UserError(f"--{key} {getattr(args, key)}: must be more than 0")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: is a share of the steps, from 0 to below 1")
+    if args.zero_init == "both":
+        raise UserError(
+            "--zero_init both: alpha's gradient is a multiple of beta and beta's of alpha: both stay 0 for ever"
+        )
+    if args.method == "dynamic":
+        if not args.sparsity or args.fsdp:
+            raise UserError("--method dynamic: needs --sparsity, and whole layers: no --fsdp")
+        parse_sparsity(args.sparsity)
     if args.dtype == "auto":
         weights = ckpt["model.layers.0.self_attn.q_proj.weight"].dtype if ckpt else torch.float32
         args.dtype = "float32" if weights == torch.float32 else "bfloat16"
@@ -590,8 +622,16 @@ def main():
     def write_adapter():
         tensors = learned(model)
         if rank == 0:
+            for name in [name for name in tensors if name.endswith(".mask")]:  # dynamic: what is kept of the weight
+                tensors[name.replace(".mask", ".weight")] *= tensors.pop(name)
             adapter = {name.removeprefix("model."): w for name, w in tensors.items()}
-            about = {"method": args.method, "r": args.r, "scale": args.scale, "base": base}
+            about = {
+                "method": args.method,
+                "r": args.r,
+                "scale": args.scale,
+                "base": base,
+                "options": spp_options(args),
+            }
             with atomic(out_dir / "adapter.pt") as tmp:
                 torch.save({"adapter": adapter} | about, tmp)
 
@@ -625,6 +665,8 @@ def main():
     for step in bar:
         t0 = time.perf_counter()
         torch.manual_seed(args.seed + 1_000_003 * (step + 1) + rank)  # so that no random state need be saved
+        if args.method == "dynamic" and step % args.mask_interval == 0:
+            update_masks(model, parse_sparsity(args.sparsity))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan.steps, args.warmup, args.lr)
         micro_batches = deal(plan[step], train.lengths, args.max_tokens, world)[rank]
@@ -687,8 +729,14 @@ def main():
     if rank == 0:
         say(f"wrote {out_dir}/adapter.pt and {out_dir}/merged.pt")
     if mesh:
+        dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        cli(main)
+    except torch.OutOfMemoryError as e:
+        wish = "--activation_checkpointing, a smaller --max_tokens, or --fsdp on several GPUs"
+        print(f"train.py: error: out of memory ({str(e).split('. ')[0]}); what helps: {wish}", file=sys.stderr)
+        sys.exit(2)

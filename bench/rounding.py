@@ -37,7 +37,15 @@ class SplitLinear(SPPLinear):
 def fine_tune(args, ckpt, examples, seed: int, mode: str):
     dtype = "float32" if mode == "float32" else "bfloat16"
     settings = argparse.Namespace(
-        method="spp", r=16, scale=2.0, matmul="fused", dtype=dtype, activation_checkpointing=False
+        method="spp",
+        r=16,
+        scale=2.0,
+        matmul="fused",
+        dtype=dtype,
+        activation_checkpointing=False,
+        no_beta=False,
+        zero_init="beta",
+        no_residual=False,
     )
     model = train.build(settings, ckpt.config)
     train.materialise(model, ckpt, seed, "cpu")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import PRESETS, Llama, LlamaConfig, UserError, load, save
+from model import PRESETS, Llama, LlamaConfig, UserError, load, open_checkpoint, save
 from spp import inject
 
+PLAIN = {"no_beta": False, "zero_init": "beta", "no_residual": False}
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "real"
 
@@ -186,7 +188,7 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
     model, _ = load(world / "pruned.pt")
     reference = train.build(
         train.argparse.Namespace(
-            method="spp", r=4, scale=2.0, matmul="repeat", dtype="float32", activation_checkpointing=False
+            method="spp", r=4, scale=2.0, matmul="repeat", dtype="float32", activation_checkpointing=False, **PLAIN
         ),
         model.config,
     )
@@ -230,7 +232,8 @@ from model import open_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
 args = train.argparse.Namespace(
-    method="spp", r=4, scale=2.0, matmul="fused", dtype="float32", activation_checkpointing=False)
+    method="spp", r=4, scale=2.0, matmul="fused", dtype="float32", activation_checkpointing=False,
+    no_beta=False, zero_init="beta", no_residual=False)
 ckpt = open_checkpoint({str(world / "pruned.pt")!r})
 model = train.build(args, ckpt.config)
 train.materialise(model, ckpt, 0, "cpu", mesh)
@@ -242,6 +245,49 @@ print(own / sum(p.numel() for p in model.parameters()), flush=True)
     result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     shares = [float(x) for x in result.stdout.split()]
     assert len(shares) == 4 and max(shares) < 0.3, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "lora", "--r", 8),
+        ("--method", "masked", "--lr", 0.003),
+        ("--method", "masked_lora", "--r", 8),
+        ("--method", "dynamic", "--sparsity", "1:4", "--mask_interval", 2, "--lr", 0.003),
+        ("--no_beta",),
+        ("--zero_init", "alpha"),
+        ("--zero_init", "none"),
+        ("--no_residual",),
+        ("--r", 16),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_method_and_ablation_trains_and_merges_sparse(world, tmp_path, flags):
+    _, log = finished(world, tmp_path / "run", *flags, "--epochs", 4, "--eval_interval", 4)
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert min(val[1:]) < val[0]
+    merged, pruned = open_checkpoint(tmp_path / "run" / "merged.pt"), open_checkpoint(world / "pruned.pt")
+    assert merged.history[-1]["method"] == ("lora*" if "lora" in flags else flags[1] if "--method" in flags else "spp")
+    for name in pruned:
+        if name.endswith("proj.weight"):
+            assert ((merged[name].view(-1, 4) != 0).sum(1) <= 1).all() and not merged[name].equal(pruned[name])
+            assert "dynamic" in flags or not merged[name][pruned[name] == 0].any()
+
+
+def test_two_nodes_give_the_result_of_one(world, alone, tmp_path):
+    """Two torchrun on this machine that meet at a loopback address, one process each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    line = command(world, tmp_path / "run", processes=2)
+    at = line.index("--standalone")
+    nodes = []
+    for rank in (0, 1):
+        meet = ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        here = [*line[:at], *meet, "--nproc_per_node=1", *line[at + 2 :]]
+        nodes.append(subprocess.Popen(here, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL))
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert difference(torch.load(tmp_path / "run" / "adapter.pt")["adapter"], alone[0]) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +434,8 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
         (("--max_tokens", 20), "--max_tokens 20"),
         (("--resume",), "holds no run"),
         (("--preset", "test"), "either --ckpt"),
+        (("--zero_init", "both"), "both stay 0"),
+        (("--method", "dynamic"), "needs --sparsity"),
         (("--out_dir", "/proc/run"), "/proc/run"),
     ],
 )
