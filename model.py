@@ -5,6 +5,8 @@ et al. 2023a, b). The classes come first and read top to bottom; below them, one
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
     python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory
+    python model.py --ckpt SRC --prompt "Once upon"   # what it says
+    python model.py --ckpt SRC --info                 # what it is: sizes, sparsity, pattern, history
 
 SRC is a .pt file of ours, a Hugging Face directory (config.json with *.safetensors or *.bin, sharded or not) or a Meta
 directory (params.json with consolidated.*.pth). State-dict names are Hugging Face's everywhere. A checkpoint is read
@@ -751,13 +753,116 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dt
         (path / "history.json").write_text(json.dumps(ckpt.history, indent=2) + "\n")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# a look at a model
+
+
+@torch.no_grad()
+def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1):
+    """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
+
+    temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
+    probabilities sum to top_p. Ends after `stop`.
+    """
+    device, cache = model.lm_head.weight.device, [[] for _ in model.model.layers]
+    new = list(tokens)
+    for _ in range(n):
+        x = model.hidden(torch.tensor([new], device=device), cache=cache)
+        logits = model.lm_head(x[0, -1]).float()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(descending=True)
+            p[p.cumsum(0) - p > top_p] = 0  # all behind the first that reaches top_p
+            token = int(order[torch.multinomial(p, 1)])
+        yield token
+        if token == stop:
+            return
+        new = [token]
+
+
+def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
+    """The share of zeros, and the tightest of the usual N:M patterns that holds (None where none does)."""
+    zeros = 1 - weight.count_nonzero().item() / weight.numel()
+    for n, m in ((1, 4), (2, 8), (2, 4), (4, 8)):
+        if weight.shape[1] % m == 0 and (weight.reshape(-1, m) != 0).sum(1).max() <= n:
+            return zeros, f"{n}:{m}"
+    return zeros, None
+
+
+def describe(ckpt: Checkpoint) -> dict:
+    """One screen about a checkpoint, read tensor by tensor."""
+    kinds, n_parameters, size = {}, 0, 0
+    for name in ckpt:
+        w = ckpt[name]
+        n_parameters, size = n_parameters + w.numel(), size + w.numel() * w.element_size()
+        if name.endswith("_proj.weight"):
+            kinds.setdefault(name.split(".")[-2], []).append((w.numel(), *sparsity_of(w)))
+    family = next((name for name, c in PRESETS.items() if c == ckpt.config), "LLaMA of its own shape")
+    linears = {
+        kind: {
+            "sparsity": sum(n * zeros for n, zeros, _ in layers) / sum(n for n, _, _ in layers),
+            "pattern": layers[0][2] if len({pattern for _, _, pattern in layers}) == 1 else None,
+        }
+        for kind, layers in kinds.items()
+    }
+    dtype = str(ckpt["model.norm.weight"].dtype).removeprefix("torch.")
+    about = {"family": family, "parameters": n_parameters, "bytes": size, "dtype": dtype, "linears": linears}
+    return about | {
+        "tokenizer": bool(ckpt.tokenizer),
+        "history": ckpt.history,
+        "config": dataclasses.asdict(ckpt.config),
+    }
+
+
+def print_description(about: dict) -> None:
+    c = about["config"]
+    print(f"{about['family']}: {about['parameters']:,} parameters, {about['dtype']}, {about['bytes'] / 1e9:.3f} GB")
+    print(f"{c['n_layers']} layers of {c['hidden_size']} / {c['intermediate_size']}, {c['n_heads']} heads", end="")
+    print(f" ({c['n_kv_heads']} key-value), vocabulary {c['vocab_size']:,}, {c['max_seq_len']:,} positions")
+    for kind, line in about["linears"].items():
+        print(f"  {kind:<10} {100 * line['sparsity']:6.2f}% zeros   {line['pattern'] or ''}")
+    for step in about["history"]:
+        print("  history: " + ", ".join(f"{key} {value}" for key, value in step.items()))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Convert a LLaMA checkpoint between layouts.")
-    parser.add_argument("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
-    parser.add_argument("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
+    parser = argparse.ArgumentParser(description="Convert, describe or run a LLaMA checkpoint.")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
+    add("--out", help="convert: a .pt file, or a new directory in Hugging Face's layout")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
+    add("--max_shard_size", default="5GB", help="of a directory's files, such as 500MB (default: 5GB)")
+    add("--info", action="store_true", help="describe the checkpoint")
+    add("--json", action="store_true", help="with --info: as JSON")
+    add("--prompt", help="generate text that goes on from this")
+    add("--max_new_tokens", type=int, default=200, help="of --prompt (default: 200)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default: 0)")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this total (default: 1)")
+    add("--seed", type=int, default=0, help="of drawing (default: 0)")
     args = parser.parse_args()
-    write_checkpoint(open_checkpoint(args.ckpt), args.out)
-    print(f"wrote {args.out}")
+    if not (args.out or args.info or args.prompt is not None):
+        raise UserError("nothing to do: give --out, --info or --prompt")
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = args.max_shard_size[:-2], args.max_shard_size[-2:].upper()
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 500MB or 5GB")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    ckpt = open_checkpoint(args.ckpt)
+    if args.info:
+        about = describe(ckpt)
+        print(json.dumps(about, indent=2)) if args.json else print_description(about)
+    if args.out:
+        write_checkpoint(ckpt, args.out, dtype, int(number) * units[unit])
+        print(f"wrote {args.out}")
+    if args.prompt is not None:
+        model, tokenizer = load(args.ckpt, dtype)
+        if tokenizer is None:
+            raise UserError(f"--ckpt {args.ckpt}: has no tokenizer.model")
+        torch.manual_seed(args.seed)
+        tokens = [tokenizer.bos_id(), *tokenizer.encode(args.prompt)]
+        settings = (args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id())
+        print(tokenizer.decode(tokens + list(generate(model, tokens, *settings))))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ from model import (
     read_json,
     rope_tables,
     save,
+    sparsity_of,
     torch_load,
     write_checkpoint,
 )
@@ -565,6 +566,11 @@ def main():
             raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
         if min(args.batch_size, len(train.lengths)) < world:
             raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {world} processes")
+    if ckpt:
+        zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
+        say(
+            f"{args.ckpt}: {100 * zeros:.1f}% zeros in layers.0.mlp.up_proj, {pattern or 'unstructured'}; its zeros stay"
+        )
     model = build(args, config)
     if dry:
         return dry_run(model, args, train)

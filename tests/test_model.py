@@ -21,12 +21,14 @@ from model import (
     Llama,
     LlamaConfig,
     UserError,
+    generate,
     load,
     map_tensor,
     open_checkpoint,
     rope_tables,
     safetensors_index,
     save,
+    sparsity_of,
     write_checkpoint,
 )
 
@@ -139,6 +141,53 @@ def test_the_summed_loss_is_cross_entropys(model):
     torch.testing.assert_close(
         torch.autograd.grad(loss, model.lm_head.weight), torch.autograd.grad(expected, model.lm_head.weight)
     )
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_greedy_generation_is_transformers(tmp_path, options):
+    if options.get("rope_scaling", {}).get("rope_type") == "dynamic":
+        options = {}  # its cached keys keep the angles of the length at which they were made, in any implementation
+    theirs = hf_model(**options)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours, _ = load(tmp_path / "hf")
+    prompt = torch.randint(0, 128, (1, 5))
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(generate(ours, prompt[0].tolist(), 20)) == expected[0, 5:].tolist()
+
+
+def test_drawing_follows_top_p_and_the_seed(model):
+    draw = lambda **kw: (torch.manual_seed(3), list(generate(model, [1, 2], 15, **kw)))[1]  # noqa: E731
+    assert draw(temperature=1.0) == draw(temperature=1.0)
+    assert draw(temperature=1.0, top_p=0.0) == draw() != draw(temperature=2.0)
+
+
+@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (2, 8), (4, 8)])
+def test_patterns_are_recognised(n, m):
+    weight = torch.randn(6, 48)
+    groups = weight.view(-1, m)
+    groups.scatter_(1, torch.rand_like(groups).argsort(1)[:, n:], 0)
+    assert sparsity_of(weight) == (pytest.approx(1 - n / m), f"{n}:{m}")
+    assert sparsity_of(torch.randn(6, 48)) == (0.0, None)
+
+
+def test_info_is_one_screen_and_json(random_checkpoint):
+    result = command("--ckpt", random_checkpoint, "--info")
+    assert result.returncode == 0 and "q_proj" in result.stdout and len(result.stdout.splitlines()) < 24
+    about = json.loads(command("--ckpt", random_checkpoint, "--info", "--json").stdout)
+    assert about["linears"]["q_proj"] == {"sparsity": 0.0, "pattern": None} and about["parameters"] > 0
+
+
+def test_the_command_talks(random_checkpoint):
+    result = command("--ckpt", random_checkpoint, "--prompt", "bada", "--max_new_tokens", 5)
+    assert result.returncode == 0 and result.stdout.startswith("bada")
+
+
+def test_conversion_changes_the_dtype_and_splits(random_checkpoint, tmp_path):
+    flags = ("--dtype", "bfloat16", "--max_shard_size", "20KB")
+    assert command("--ckpt", random_checkpoint, "--out", tmp_path / "hf", *flags).returncode == 0
+    converted, original = open_checkpoint(tmp_path / "hf"), open_checkpoint(random_checkpoint)
+    assert all(converted[name].equal(w.to(torch.bfloat16)) for name, w in original.items())
+    assert max(f.stat().st_size for f in (tmp_path / "hf").glob("*.safetensors")) < 25_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
