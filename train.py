@@ -568,9 +568,7 @@ def main():
             raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {world} processes")
     if ckpt:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
-        say(
-            f"{args.ckpt}: {100 * zeros:.1f}% zeros in layers.0.mlp.up_proj, {pattern or 'unstructured'}; its zeros stay"
-        )
+        say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj; they stay")
     model = build(args, config)
     if dry:
         return dry_run(model, args, train)
