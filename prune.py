@@ -382,11 +382,12 @@ def prune_checkpoint(
     weight_map = {name: shard(ends[name] if name in ends else int(name.split(".")[2]) + 1).name for name in ckpt}
     ckpt.history = [*ckpt.history, entry]
     write_hf_extras(work, ckpt, weight_map, dtype)
-    for file in (*work.glob("inputs-*.pt"), work / "job.json"):
+    for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):  # .tmp: of killed runs
         file.unlink()
+    with atomic(out.with_suffix(".json") if out.suffix == ".pt" else work / "prune.json") as tmp:
+        tmp.write_text(json.dumps({**entry, "kinds": summary(report), "layers": report}, indent=2) + "\n")
     if out.suffix == ".pt":
-        pruned = open_hf(work)
-        write_checkpoint(pruned, out)
+        write_checkpoint(open_hf(work), out)
         shutil.rmtree(work)
     else:
         if out.is_dir():
@@ -454,10 +455,7 @@ def main():
     print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on 2,048 calibration tokens)")
     for kind, line in kinds.items():
         print(f"{kind:<12} {100 * line['sparsity']:8.2f}% {line['error']:22.4f}")
-    beside = out.with_suffix(".json") if out.suffix == ".pt" else out / "prune.json"
-    with atomic(beside) as tmp:
-        tmp.write_text(json.dumps({**entry, "kinds": kinds, "layers": report}, indent=2) + "\n")
-    print(f"wrote {out} and {beside}")
+    print(f"wrote {out} and {out.with_suffix('.json') if out.suffix == '.pt' else out / 'prune.json'}")
 
 
 if __name__ == "__main__":

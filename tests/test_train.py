@@ -238,7 +238,7 @@ ckpt = open_checkpoint({str(world / "pruned.pt")!r})
 model = train.build(args, ckpt.config)
 train.materialise(model, ckpt, 0, "cpu", mesh)
 own = sum(p.to_local().numel() for p in model.parameters())
-print(own / sum(p.numel() for p in model.parameters()), flush=True)
+sys.stdout.write(f"{{own / sum(p.numel() for p in model.parameters())}}\\n")  # in one piece: four processes share it
 """
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)]
