@@ -103,10 +103,6 @@ class Formed(torch.autograd.Function):
         return dx, None, None, *ctx.layer.pull(G, W, *factors)
 
 
-# torch.compile would trace into the function and keep W^ for the backward pass; it compiles what lies between.
-formed = torch.compiler.disable(Formed.apply)
-
-
 class SparseLinear(nn.Module):
     """A linear that keeps its weight object and learns something about it through `form` and `pull`.
 
@@ -124,11 +120,12 @@ class SparseLinear(nn.Module):
     def new(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=self.weight.device))
 
+    @torch.compiler.disable  # traced, the function would keep W^ for the backward pass; what lies between is compiled
     def forward(self, x: Tensor) -> Tensor:
         # The seed comes from torch's generator, so a recomputed forward (activation checkpointing) draws it again.
         rounds = self.stochastic and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
         seed = int(torch.randint(1 << 62, ())) if rounds else None
-        return formed(x, self, seed, self.weight, *(getattr(self, name) for name in self.factors))
+        return Formed.apply(x, self, seed, self.weight, *(getattr(self, name) for name in self.factors))
 
     def merged(self) -> Tensor:
         """W^ in the weight's dtype, (m, n), rounded to the nearest."""

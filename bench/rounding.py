@@ -19,7 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from model import load, open_checkpoint  # noqa: E402
-from spp import SPPLinear, adapter_state, formed, inject, load_adapter, merge  # noqa: E402
+from spp import Formed, SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
 
 
 class SplitLinear(SPPLinear):
@@ -31,7 +31,7 @@ class SplitLinear(SPPLinear):
         return super().form(W, alpha, beta) - W.float()
 
     def forward(self, x):
-        return F.linear(x, self.weight) + formed(x, self, None, self.weight, self.alpha, self.beta)
+        return F.linear(x, self.weight) + Formed.apply(x, self, None, self.weight, self.alpha, self.beta)
 
 
 def fine_tune(args, ckpt, examples, seed: int, mode: str):

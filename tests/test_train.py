@@ -209,6 +209,7 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
     "processes, flags",
     [
         (1, ("--max_tokens", 64)),
+        (1, ("--compile",)),
         (1, ("--activation_checkpointing", "--matmul", "chunked")),
         (2, ()),
         (2, ("--fsdp",)),
