@@ -13,12 +13,9 @@ PY := .venv/bin/python
 demo: .venv/run
 	PATH="$$PWD/.venv/bin:$$PATH" sh runs/demo.sh
 
-demo-full: .venv/run
-	PATH="$$PWD/.venv/bin:$$PATH" sh runs/demo_full.sh
-
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
-.PHONY: demo demo-full test
+.PHONY: demo test
