@@ -45,6 +45,7 @@ from model import (
     Block,
     Checkpoint,
     Llama,
+    LlamaConfig,
     UserError,
     atomic,
     check_out,
@@ -93,13 +94,20 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     Exactly the number asked for goes, by rank; of equal scores the left one goes first.
     """
     if isinstance(sparsity, tuple):
-        (n, m), groups = sparsity, score.reshape(-1, sparsity[1])
-        k = m - n
-    else:
-        groups = score.reshape(1, -1) if whole else score
-        k = int(groups.shape[1] * sparsity)
-    mask = torch.ones_like(groups, dtype=torch.bool)
-    return mask.scatter_(1, groups.argsort(dim=1, stable=True)[:, :k], False).view(score.shape)
+        (n, m), entries = sparsity, score.reshape(-1, sparsity[1]).unbind(1)
+        keep = score.new_empty(len(entries[0]), m, dtype=torch.bool)
+        for i, s in enumerate(entries):  # an entry stays if m - n or more of its group go before it
+            before = ((other <= s) if j < i else (other < s) for j, other in enumerate(entries) if j != i)
+            keep[:, i] = sum(b.byte() for b in before) >= m - n
+        return keep.view(score.shape)
+    rows = score.reshape(1, -1) if whole else score
+    k = int(rows.shape[1] * sparsity)
+    if k == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = rows.kthvalue(k, dim=1, keepdim=True).values
+    keep, ties = rows >= threshold, rows == threshold
+    spare = keep.sum(1, keepdim=True) - (rows.shape[1] - k)  # so many of those that tie go, from the left
+    return (keep & ~(ties & (ties.cumsum(1, dtype=torch.int32) <= spare))).view(score.shape)
 
 
 @dataclasses.dataclass
@@ -109,23 +117,26 @@ class Statistics:
     square: Tensor  # A: of x^2
     total: Tensor  # S: of x
     variance: Tensor  # V: mean over sequences of the variance within a sequence
-    hessian: Tensor | None  # 2 x x^T
+    hessian: Tensor | None  # 2 x x^T, its lower triangle
     sample: Tensor  # some inputs, to measure the output error on
     U: Tensor | None = None  # upper Cholesky factor of the damped Hessian's inverse
 
 
 def cholesky_factor(H: Tensor, name: str, say: Callable) -> Tensor:
-    """U with (H + damping)^-1 = U^T U. The damping is 1% of the mean diagonal, ten times more until it suffices."""
+    """U, upper, with (H + damping)^-1 = U^T U, from the lower triangle of H (C, C), whose diagonal it overwrites.
+
+    With rows and columns in reverse order H = L L^T; then U is L^-1 in reverse again: one factorisation, no
+    inverse of H. The damping is 1% of the mean diagonal, ten times more until it suffices, UserError beyond 1000%.
+    """
     diagonal = H.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always 0: its column goes whatever the factor says
     damping = 0.01 * diagonal.mean().item()
     for attempt in range(4):
         diagonal.add_(damping if attempt == 0 else 9 * damping * 10 ** (attempt - 1))
-        L, info = torch.linalg.cholesky_ex(H)
+        L, info = torch.linalg.cholesky_ex(H.flip(0, 1).T)
         if info == 0:
-            U, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if info == 0:
-                return U
+            identity = torch.eye(len(H), device=H.device)
+            return torch.linalg.solve_triangular(L, identity, upper=False, out=identity).flip(0, 1)
         say(f"{name}: the Hessian is not positive definite; damping it by {10 ** (attempt + 1)}% of its mean diagonal")
     raise UserError(f"{name}: the Hessian is not positive definite even when damped by 1000% of its mean diagonal")
 
@@ -135,20 +146,20 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
     W = W.float().masked_fill(dead, 0)
     for start in range(0, W.shape[1], slab):
         end = min(start + slab, W.shape[1])
-        w, u = W[:, start:end], U[start:end, start:end]
-        scale = u.diagonal().square()
-        errors = torch.empty_like(w)
+        w, u = W[:, start:end].T.contiguous(), U[start:end, start:end]  # (slab, R): a column of W lies in one piece
+        scale, errors = u.diagonal().square(), torch.empty_like(w)
         if not isinstance(sparsity, tuple):
-            keep = keep_mask(w.square() / scale, sparsity, whole=True)
+            keep = keep_mask(W[:, start:end].square() / scale, sparsity, whole=True).T.contiguous()
         for j in range(end - start):
             if isinstance(sparsity, tuple) and j % sparsity[1] == 0:  # with the weights as updated by now
                 group = slice(j, j + sparsity[1])
-                keep_group = keep_mask(w[:, group].square() / scale[group], sparsity)
-            kept = keep_group[:, j % sparsity[1]] if isinstance(sparsity, tuple) else keep[:, j]
-            errors[:, j] = torch.where(kept, 0, w[:, j]) / u[j, j]
-            w[:, j:] -= errors[:, j, None] * u[j, j:]
-            w[:, j].mul_(kept)
-        W[:, end:] -= errors @ U[start:end, end:]
+                keep_group = keep_mask(w[group].T.square() / scale[group], sparsity).T
+            kept = keep_group[j % sparsity[1]] if isinstance(sparsity, tuple) else keep[j]
+            errors[j] = w[j].masked_fill(kept, 0) / u[j, j]
+            w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)
+            w[j].mul_(kept)
+        W[:, start:end] = w.T
+        W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)
     return W
 
 
@@ -195,35 +206,39 @@ def forward(block: Block, x: Tensor, tables, batch: int) -> None:
         part.copy_(block(part, *tables))
 
 
+SAMPLE = 512  # calibration tokens that the output errors of the report are measured on
+
+
 def gather(block: Block, x: Tensor, tables, batch: int, hessian: bool, dsnot: bool) -> dict[str, Statistics]:
-    """A forward pass that keeps statistics of the four inputs instead of the outputs."""
-    n, stats = len(x), {}
+    """A forward pass that keeps statistics of the four inputs instead of the outputs. x: (sequences, T, C)."""
+    n, stats, stride = len(x), {}, max(1, x[..., 0].numel() // SAMPLE)
     linears = {name: block.get_submodule(name) for name in GROUPS}
     for name, linear in linears.items():
         C = linear.in_features
-        zeros = lambda *shape: torch.zeros(shape, device=x.device)  # noqa: E731
-        stats[name] = Statistics(
-            zeros(C), zeros(C), zeros(C), zeros(C, C) if hessian else None, zeros(0, C).to(x.dtype)
-        )
+        square, total, variance = torch.zeros(3, C, device=x.device)
+        H = torch.zeros(C, C, device=x.device) if hessian else None
+        stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
 
-    def hook(linear, inputs, s):
-        tokens = inputs[0].flatten(0, 1)
-        s.square += torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32).square_() / n
+    def see(s: Statistics, inputs: Tensor) -> None:
+        tokens = inputs.flatten(0, 1).float()
+        s.square += tokens.square().sum(0) / n
         if dsnot:
-            s.total += inputs[0].float().sum((0, 1)) / n
-            s.variance += inputs[0].float().var(1, unbiased=False).sum(0) / n
-        if hessian:
-            s.hessian.addmm_(tokens.float().T, tokens.float(), alpha=2 / n)
-        if len(s.sample) < 2048:
-            s.sample = torch.cat([s.sample, tokens[:: max(1, n * len(tokens) // len(inputs[0]) // 2048)]])[
-                :2048
-            ].clone()
+            s.total += tokens.sum(0) / n
+            s.variance += inputs.float().var(1, unbiased=False).sum(0) / n
+        if hessian:  # H is symmetric: of each quarter of its columns only what is not above the diagonal
+            for columns in torch.arange(len(s.hessian), device=x.device).chunk(4):
+                a, b = columns[0], columns[-1] + 1
+                s.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n)
+        s.sample = torch.cat([s.sample, inputs.flatten(0, 1)[::stride]])[:SAMPLE]
 
-    hooks = [linears[name].register_forward_pre_hook(lambda m, i, s=s: hook(m, i, s)) for name, s in stats.items()]
+    hooks = [linears[name].register_forward_pre_hook(lambda m, args, s=s: see(s, args[0])) for name, s in stats.items()]
+    # Nobody reads what comes out of this pass: it ends where its last linear would begin.
+    linears["mlp.down_proj"].forward = lambda x: x.new_zeros(())
     for part in x.split(batch):
         block(part, *tables)
-    for handle in hooks:
-        handle.remove()
+    del linears["mlp.down_proj"].forward
+    for hook in hooks:
+        hook.remove()
     return stats
 
 
@@ -305,9 +320,20 @@ def check_calib(calib, vocab_size: int, nsamples: int | None = None) -> Tensor:
     return torch.from_numpy(calib)
 
 
-def batch_size(tokens: Tensor, device) -> int:
-    """Sequences run at once: 16,384 tokens on a GPU, 2,048 on a CPU."""
-    return max(1, (16384 if torch.device(device).type == "cuda" else 2048) // tokens.shape[1])
+def batch_size(config: LlamaConfig, tokens: Tensor, device) -> int:
+    """Sequences run at once: 2,048 tokens on a CPU, where more are no faster; on a GPU what fits into its memory.
+
+    That is counted, not tried, so that a run that goes on after a kill cuts its batches where it did before.
+    """
+    sequences, T = tokens.shape
+    if torch.device(device).type == "cpu":
+        return max(1, 2048 // T)
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    # activations of all sequences; the largest Hessian three times (see cholesky_factor), the others, and the block
+    fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 4 * hidden**2 + 3 * hidden * mlp)
+    each = 4 * T * (8 * hidden + 6 * mlp)  # what a sequence keeps alive in a block, and float32 copies
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(sequences, max(1, int(0.9 * memory - fixed) // each))
 
 
 @torch.no_grad()
@@ -322,10 +348,10 @@ def prune_model(
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     x = model.model.embed_tokens(tokens)
     tables = rope_tables(model.config, torch.arange(tokens.shape[1], device=x.device), x.dtype)
-    report = []
+    report, settings = [], Settings(method, pattern, dsnot, threshold)
+    batch = batch_size(model.config, tokens, x.device)
     for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
-        settings = Settings(method, pattern, dsnot, threshold)
-        report += prune_block(block, i, x, settings, tables, batch_size(tokens, x.device), tqdm.write)
+        report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
     return report
 
 
@@ -364,11 +390,12 @@ def prune_checkpoint(
     x = state["x"].to(device, copy=True) if state else embed[tokens].to(device, dtype)
     del embed, state
     tables = rope_tables(ckpt.config, torch.arange(tokens.shape[1], device=device), x.dtype)
+    batch = batch_size(ckpt.config, tokens, device)
     for i in tqdm(range(start, n), initial=start, total=n, desc="pruning", unit="block", disable=None):
         with torch.device("meta"):
             block = Block(ckpt.config)
         block.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.block(i).items()}, assign=True)
-        report += prune_block(block, i, x, settings, tables, batch_size(tokens, device), tqdm.write)
+        report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
         tensors = {f"model.layers.{i}.{name}": w for name, w in block.state_dict().items()}
         shard(i + 1).unlink(missing_ok=True)  # of a run killed between the two writes
         write(i + 1, tensors)
@@ -452,7 +479,7 @@ def main():
     report = prune_checkpoint(ckpt, tokens, settings, out, entry, torch.device(args.device), dtype)
 
     kinds = summary(report)
-    print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on 2,048 calibration tokens)")
+    print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on {SAMPLE} calibration tokens)")
     for kind, line in kinds.items():
         print(f"{kind:<12} {100 * line['sparsity']:8.2f}% {line['error']:22.4f}")
     print(f"wrote {out} and {out.with_suffix('.json') if out.suffix == '.pt' else out / 'prune.json'}")

@@ -43,13 +43,14 @@ def write_data(folder: Path, sizes=(48, 8), vocab_size=256, seed=0) -> Path:
 def world(tmp_path_factory):
     """A folder with `data` and a model that learned it for a second and was pruned to 1:4 by magnitude, `pruned.pt`."""
     folder = tmp_path_factory.mktemp("world")
-    examples = train.Examples(write_data(folder / "data"), "train", 256)
+    write_data(folder / "data")
+    examples = train.Examples(write_data(folder / "pretraining", (150 * 32, 0), seed=1), "train", 256)
     torch.manual_seed(0)
     model = Llama(PRESETS["test"])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(150):
-        loss = model(*examples.batch(range(48), False, "cpu")) / examples.lengths.sum()
-        loss.backward()
+    for step in range(150):
+        batch = range(32 * step, 32 * (step + 1))
+        (model(*examples.batch(batch, False, "cpu")) / examples.lengths[batch].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, p in model.named_parameters():
@@ -65,7 +66,7 @@ def command(world, out, *flags, processes=1):
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     line = [*python, str(ROOT / "train.py"), "--ckpt", world / "pruned.pt", "--data", world / "data", "--out_dir", out]
-    settings = {"--r": 4, "--lr": 0.02, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
+    settings = {"--r": 4, "--lr": 0.004, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
     given = {flag for flag in flags if str(flag).startswith("--")}
     line += [x for flag, value in settings.items() if flag not in given for x in (flag, value)]
     return [str(x) for x in [*line, *flags]]
@@ -264,7 +265,8 @@ sys.stdout.write(f"{{own / sum(p.numel() for p in model.parameters())}}\\n")  # 
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_every_method_and_ablation_trains_and_merges_sparse(world, tmp_path, flags):
-    _, log = finished(world, tmp_path / "run", *flags, "--epochs", 4, "--eval_interval", 4)
+    lr = () if "--lr" in flags else ("--lr", 0.02)
+    _, log = finished(world, tmp_path / "run", *flags, *lr, "--epochs", 4, "--eval_interval", 4)
     val = [line["val_loss"] for line in log if "val_loss" in line]
     assert min(val[1:]) < val[0]
     merged, pruned = open_checkpoint(tmp_path / "run" / "merged.pt"), open_checkpoint(world / "pruned.pt")
@@ -310,7 +312,7 @@ def start(world, out, *flags, processes=1):
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-LONG = ("--epochs", 10, "--save_interval", 3, "--eval_interval", 4)
+LONG = ("--epochs", 10, "--lr", 0.02, "--save_interval", 3, "--eval_interval", 4)
 
 
 @pytest.fixture(scope="module")
