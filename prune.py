@@ -105,9 +105,12 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     if k == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = rows.kthvalue(k, dim=1, keepdim=True).values
-    keep, ties = rows >= threshold, rows == threshold
-    spare = keep.sum(1, keepdim=True) - (rows.shape[1] - k)  # so many of those that tie go, from the left
-    return (keep & ~(ties & (ties.cumsum(1, dtype=torch.int32) <= spare))).view(score.shape)
+    keep = rows > threshold
+    places = rows.shape[1] - k - keep.sum(1, keepdim=True)  # left for those that tie at the threshold: the rightmost
+    if places.any():
+        ties = rows == threshold
+        keep |= ties & (ties.flip(1).cumsum(1, dtype=torch.int32).flip(1) <= places)
+    return keep.view(score.shape)
 
 
 @dataclasses.dataclass
@@ -206,7 +209,7 @@ def forward(block: Block, x: Tensor, tables, batch: int) -> None:
         part.copy_(block(part, *tables))
 
 
-SAMPLE = 512  # calibration tokens that the output errors of the report are measured on
+SAMPLE = 256  # calibration tokens that the output errors of the report are measured on
 
 
 def gather(block: Block, x: Tensor, tables, batch: int, hessian: bool, dsnot: bool) -> dict[str, Statistics]:

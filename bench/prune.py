@@ -5,8 +5,9 @@
     python bench/prune.py --memory 2 4 8                   # LLaMA-2-70B's block shapes, that many blocks, on the CPU
 
 Wanda's floor is two forward passes of the block. SparseGPT's straight form is the algorithm as it is written down: two
-whole forward passes, for each of the seven linears a Hessian of its own, and its factor by way of the inverse. Ours has
-four Hessians, of each the half that symmetry leaves, factors them without an inverse, and stops the first pass early.
+whole forward passes, for each of the seven linears a Hessian of its own and its factor by way of the inverse, columns of
+W as they lie. Ours has four Hessians, of each the half that symmetry leaves, factors them without an inverse, stops the
+first pass early, and turns a slab over so that a column lies in one piece.
 """
 
 import argparse
@@ -50,7 +51,17 @@ def straight_sparsegpt(block: Block, x, tables, batch: int) -> None:
         H.diagonal()[dead] = 1
         H.diagonal().add_(0.01 * H.diagonal().mean())
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-        m.weight.copy_(prune.sparsegpt(m.weight, dead, U, (2, 4)))
+        W = m.weight.float().masked_fill(dead, 0)
+        for start in range(0, W.shape[1], 128):
+            end, errors = min(start + 128, W.shape[1]), []
+            for j in range(start, end):
+                if j % 4 == 0:
+                    keep = prune.keep_mask((W[:, j : j + 4] / U.diagonal()[j : j + 4]).square(), (2, 4))
+                errors.append(W[:, j].masked_fill(keep[:, j % 4], 0) / U[j, j])
+                W[:, j:end] -= errors[-1][:, None] * U[j, j:end]
+                W[:, j] *= keep[:, j % 4]
+            W[:, end:] -= torch.stack(errors, 1) @ U[start:end, end:]
+        m.weight.copy_(W)
     prune.forward(block, x, tables, batch)
 
 
