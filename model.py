@@ -265,17 +265,19 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets (B, T), -100 where nothing is to be predicted, the summed loss.
-
-        The loss is a float32 scalar: the cross-entropy summed (not averaged) over the targets. Logits are made for
-        those positions alone, 1,024 at a time and again in the backward pass: at 32,000 words they would otherwise be
-        the largest tensors of a fine-tuning step.
-        """
+        """Logits (B, T, vocab_size), or with targets (B, T), -100 where nothing is to be predicted, the summed loss."""
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
         keep = targets != -100
-        x, targets = x[keep], targets[keep]
+        return self.summed_loss(x[keep], targets[keep])
+
+    def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy summed (not averaged) over the targets, float32, (). x: (N, hidden_size), targets: (N,).
+
+        Logits are made 1,024 positions at a time, and again in the backward pass: at 32,000 words they would otherwise
+        be the largest tensors of a fine-tuning step.
+        """
 
         def loss(x, targets):
             return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")

@@ -33,10 +33,11 @@ import json
 import math
 import os
 import platform
-import resource
+import re
 import signal
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import (
@@ -69,7 +72,6 @@ from model import (
     load_tokenizer,
     open_checkpoint,
     read_json,
-    rope_tables,
     save,
     sparsity_of,
     torch_load,
@@ -412,74 +414,104 @@ def trim_log(file: Path, step: int) -> None:
 # --dry_run
 
 
-def count_saved(function, parameters) -> int:
-    """Bytes that autograd keeps for the backward pass of function(), each storage once, parameters not counted."""
-    known, saved = {p.untyped_storage()._cdata for p in parameters}, {}
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive: `now`, and at most so far, `peak`."""
 
-    def pack(x):
-        if x.untyped_storage()._cdata not in known:
-            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        keep = function()  # noqa: F841  the graph must live while its storages are told apart
-    return sum(saved.values())
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and id(storage := x.untyped_storage()) not in self.alive:
+                self.alive.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key: int, nbytes: int) -> None:
+        self.alive.discard(key)
+        self.now -= nbytes
 
 
-def estimate(model: Llama, args, world: int) -> dict[str, int]:
-    """Bytes a process needs, by part. Activations are counted, on fake tensors, for one block of a full micro-batch."""
-    c, shards = model.config, world if args.fsdp else 1
-    learn = sum(p.numel() for p in trainable(model))
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
-    ends = sum(p.numel() * p.element_size() for p in model.parameters()) - c.n_layers * block
-    rows = max(1, args.max_tokens // PAPER_LENGTH)
-    T = min(PAPER_LENGTH, args.max_tokens)
-    layer = build(args, dataclasses.replace(c, n_layers=1)).model.layers[0]
-    with FakeTensorMode():
-        for module in layer.modules():
+def simulate(args, config, rows: int, T: int) -> np.ndarray:
+    """Bytes alive (before a step, behind its forward pass, at its peak), for a micro-batch of rows x T tokens.
+
+    The step is a real one, on fake tensors: they have shapes and lifetimes, but no memory.
+    """
+    model = build(args, config)
+    with FakeTensorMode(), LiveBytes() as live:
+        for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
-        x = torch.empty(rows, T, c.hidden_size, dtype=getattr(torch, args.dtype), requires_grad=True)
-        cos, sin = rope_tables(c, torch.arange(T), x.dtype)
-        saved = count_saved(lambda: layer(x, cos, sin), layer.parameters())
-    item = x.element_size()
-    boundary = rows * T * c.hidden_size * item
-    activations = c.n_layers * boundary + saved if args.activation_checkpointing else c.n_layers * saved
-    # The largest of what lives for a moment: 1,024 rows of logits (in the model's dtype, in float32, and their
-    # gradients), or the formed weight and the weight-sized gradient of the largest linear. Under FSDP also the block
-    # at work, the one fetched ahead, and the embeddings.
-    largest = max(p.numel() for p in model.model.layers[0].parameters())
-    logits = min(1024, rows * T) * c.vocab_size * (2 * item + 2 * 4)
-    temporaries = max(logits, largest * (item + 4) + 4 * rows * T * c.intermediate_size * item)
-    if shards > 1:
-        temporaries += 2 * block + ends
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+        model.tie_weights()
+        optimizer = torch.optim.AdamW(trainable(model))
+        for _ in range(2):  # the optimizer has its moments after the first
+            before = live.peak = live.now
+            tokens = torch.zeros(rows, T, dtype=torch.int64)
+            x = model.hidden(tokens).flatten(0, 1)[torch.arange(rows * T)]  # a copy, as that of the targets' positions
+            loss = model.summed_loss(x, tokens.flatten())
+            del x
+            forward = live.now
+            loss.backward()
+            del loss
+            nn.utils.clip_grad_norm_(trainable(model), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return np.array([before, forward, live.peak])
+
+
+def estimate(model: Llama, args, world: int, rows: int, T: int) -> dict[str, int]:
+    """Bytes a process needs, by part, for a largest micro-batch of rows x T tokens; all of them are tensors."""
+    c, shards = model.config, world if args.fsdp else 1
+    if c.n_layers <= 4:
+        before, forward, peak = simulate(args, c, rows, T)
+    else:  # every layer beyond the second adds the same
+        two, three = (simulate(args, dataclasses.replace(c, n_layers=n), rows, T) for n in (2, 3))
+        before, forward, peak = two + (c.n_layers - 2) * (three - two)
+    learn = 4 * sum(p.numel() for p in trainable(model))
+    weights = {id(p): p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad}
+    temporaries = peak - forward
+    if shards > 1:  # the block at work, the one fetched ahead, and what lies outside of the blocks, each whole
+        block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+        temporaries += 2 * block + sum(weights.values()) - c.n_layers * block
+    elif world > 1:  # the buckets in which DDP exchanges gradients
+        temporaries += learn
     return {
-        "frozen weights": frozen // shards,
-        "adapters and gradients": 2 * 4 * learn // shards,
-        "optimizer": 2 * 4 * learn // shards,
-        "activations": activations,
-        "temporaries": temporaries,
+        "frozen weights": sum(weights.values()) // shards,
+        "adapters": learn // shards,
+        "optimizer": 2 * learn // shards,
+        "activations": int(forward - before),
+        "gradients, temporaries": int(temporaries),
     }
 
 
 def dry_run(model: Llama, args, train: Examples | None) -> None:
     """Prints what each of --dry_run N processes would need, and how long the run is."""
-    world = args.dry_run
+    world, largest = args.dry_run, (max(1, args.max_tokens // PAPER_LENGTH), min(PAPER_LENGTH, args.max_tokens))
+    if train is not None:
+        plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
+        targets, padded, parts = 0, 0, []
+        for step in range(min(plan.steps, plan.per_epoch)):
+            dealt = deal(plan[step], train.lengths, args.max_tokens, world)
+            targets += sum(train.n_targets(i, args.mask_prompt) for i in plan[step])
+            padded += padded_tokens(dealt, train.lengths)
+            parts += [(len(part), int(train.lengths[part[0]])) for part in sum(dealt, []) if part]
+        largest = max(parts, key=math.prod)
     learn, total = sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
     print(f"trainable parameters   {learn:,} ({1000 * learn / total:.2f} per mille of {total:,})")
-    parts = estimate(model, args, world)
-    print(f"memory of each process  ({world} in all, micro-batches of {args.max_tokens:,} padded tokens)")
-    for name, n in [*parts.items(), ("together", sum(parts.values()))]:
-        print(f"  {name:<22} {n / 2**30:9.2f} GiB")
+    needs = estimate(model, args, world, *largest)
+    print(f"memory of each process  ({world} in all, micro-batches of up to {largest[0]} x {largest[1]} tokens)")
+    for name, n in [*needs.items(), ("together", sum(needs.values()))]:
+        print(f"  {name:<22} {n / 2**30:9.3f} GiB")
+    print("  beside it: Python and PyTorch, about 0.3 GiB on a CPU; the driver's context, about 0.5 GiB, on a GPU")
     if train is None:
         print(f"steps, tokens, padding: no prepared data in {args.data}")
         return
-    plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
-    targets = padded = 0
-    for step in range(min(plan.steps, plan.per_epoch)):
-        targets += sum(train.n_targets(i, args.mask_prompt) for i in plan[step])
-        padded += padded_tokens(deal(plan[step], train.lengths, args.max_tokens, world), train.lengths)
     print(f"steps                  {plan.steps:,} of {plan.batch_size} examples")
     print(f"target tokens          {int(targets * plan.steps / min(plan.steps, plan.per_epoch)):,}")
     print(f"estimated padding      {100 * (1 - targets / padded):.1f}% of the tokens computed")
@@ -531,11 +563,26 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     return peak * min((step + 1) / (rise + 1), (steps - step) / max(1, steps - rise))
 
 
+def catch_signals() -> list[int]:
+    """A list that a first SIGINT or SIGTERM is put into, for the loop to see; a second one ends the process at once."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def catch(number, frame):
+        caught.append(number)
+        for n in numbers:
+            signal.signal(n, signal.SIG_DFL)
+
+    for n in numbers:
+        signal.signal(n, catch)
+    return caught
+
+
 def peak_memory(device: str) -> int:
     """Bytes, so far: the allocator's on a GPU, the process's resident pages on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's figure, which begins with what the process held that started this one.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def main():
@@ -650,9 +697,7 @@ def main():
             written[:] = [writer.submit(write_state, out_dir / f"step-{step:06}.pt", state)]
 
     # --- the loop
-    stop = []  # a first SIGINT or SIGTERM ends the run after this step, a second one at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    stop = catch_signals()
     if rank == 0:
         trim_log(out_dir / "log.jsonl", start)
         log = open(out_dir / "log.jsonl", "a", buffering=1)  # noqa: SIM115  closed when the process ends
@@ -740,7 +785,9 @@ def main():
 if __name__ == "__main__":
     try:
         cli(main)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:  # whichever process it is: under torchrun the others are stopped
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
         wish = "--activation_checkpointing, a smaller --max_tokens, or --fsdp on several GPUs"
-        print(f"train.py: error: out of memory ({str(e).split('. ')[0]}); what helps: {wish}", file=sys.stderr)
-        sys.exit(2)
+        print(f"train.py: error: out of memory ({str(e).splitlines()[0][:100]}); what helps: {wish}", file=sys.stderr)
+        os._exit(2)  # a GPU's collectives that are under way would hold up a tidy exit

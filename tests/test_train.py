@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,14 +25,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "real"
 
 
-def write_data(folder: Path, sizes=(48, 8), vocab_size=256, seed=0) -> Path:
+def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
     """Prepared data as data/alpaca/prepare.py leaves it: random tokens, lengths from 4 to 40."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     for split, n in zip(("train", "val"), sizes, strict=True):
         lengths = rng.integers(4, 41, n)
-        # A learnable language: every token is the one before it plus 1, or plus 2.
-        examples = [(rng.integers(vocab_size) + np.cumsum(rng.integers(1, 3, k))) % vocab_size for k in lengths]
+        # A learnable language: tokens rise by a step of 1 to 4 that is the example's own.
+        examples = [(rng.integers(64) + rng.integers(1, 5) * np.arange(k)) % 64 for k in lengths]
         np.save(folder / f"{split}.npy", np.concatenate([np.zeros(0), *examples]).astype(np.uint16))
         np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *lengths]))
         np.save(folder / f"{split}.prompt.npy", (lengths // 2).astype(np.int32))
@@ -194,12 +195,12 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
         model.config,
     )
     train.materialise(reference, model.state_dict(), 0, "cpu")
-    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], 0.02, weight_decay=0.001)
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], 0.004, weight_decay=0.001)
     tokens, targets = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), False, "cpu")
     loss = F.cross_entropy(reference(tokens).transpose(1, 2), targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = train.learning_rate(0, 1, 0.03, 0.02)
+    optimizer.param_groups[0]["lr"] = train.learning_rate(0, 1, 0.03, 0.004)
     optimizer.step()
     assert log[1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     mine = {n.removeprefix("model."): p for n, p in reference.named_parameters() if p.requires_grad}
@@ -224,29 +225,38 @@ def test_the_adapter_does_not_depend_on_how_the_work_is_dealt(world, alone, tmp_
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_process_of_fsdp_reads_and_holds_only_its_rows(world, tmp_path):
+def test_a_process_of_fsdp_reads_and_holds_only_its_rows(tmp_path):
+    """Peak resident memory of each of 4 processes grows by less than 40% of the weights' bytes."""
+    model = Llama(LlamaConfig(1000, 1024, 2816, n_layers=4, n_heads=8))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    save(model, tmp_path / "model.pt")
+    del model
     script = tmp_path / "shard.py"
     script.write_text(
         f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, torch.distributed as dist, train
+import re, torch, torch.distributed as dist, train
 from model import open_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
 args = train.argparse.Namespace(
     method="spp", r=4, scale=2.0, matmul="fused", dtype="float32", activation_checkpointing=False,
     no_beta=False, zero_init="beta", no_residual=False)
-ckpt = open_checkpoint({str(world / "pruned.pt")!r})
+ckpt = open_checkpoint({str(tmp_path / "model.pt")!r})
 model = train.build(args, ckpt.config)
+before = peak()
 train.materialise(model, ckpt, 0, "cpu", mesh)
 own = sum(p.to_local().numel() for p in model.parameters())
-sys.stdout.write(f"{{own / sum(p.numel() for p in model.parameters())}}\\n")  # in one piece: four processes share it
+assert own < 0.3 * sum(p.numel() for p in model.parameters())
+sys.stdout.write(f"{{(peak() - before) / {size}}}\\n")  # in one piece: four processes share it
 """
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)]
     result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     shares = [float(x) for x in result.stdout.split()]
-    assert len(shares) == 4 and max(shares) < 0.3, result.stderr
+    assert len(shares) == 4 and 0.2 < max(shares) < 0.4, (shares, result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +364,24 @@ def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
     assert difference(adapter, long[0]) == 0 and log == long[1]
 
 
+def test_a_second_signal_leaves_at_once():
+    code = "import os, signal, time, train; caught = train.catch_signals(); os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "print(caught, flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (result.stdout, result.returncode) == ("[2]\n", -signal.SIGTERM)
+
+
+def test_out_of_memory_says_which_flags_help(tmp_path):
+    """7 GiB of address space are too few for the activations of 64 layers."""
+    save(Llama(LlamaConfig(256, 64, 128, n_layers=64, n_heads=2)), tmp_path / "pruned.pt")
+    write_data(tmp_path / "data", sizes=(2000, 1))
+    line = command(tmp_path, tmp_path / "run", "--batch_size", 2000, "--max_tokens", 40000)
+    limit = f"ulimit -v {7 * 2**20}; exec " + shlex.join(line)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(["sh", "-c", limit], capture_output=True, text=True, timeout=120, env=env)
+    assert result.returncode == 2 and "out of memory" in result.stderr and "--max_tokens" in result.stderr
+
+
 def test_a_run_resumes_on_another_number_of_processes(world, long, tmp_path):
     process = start(world, tmp_path / "run", *LONG)
     wait_for(tmp_path / "run" / "log.jsonl", '"step": 7,', process)
@@ -388,6 +416,28 @@ def test_when_one_process_is_killed_the_others_leave(world, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # --dry_run
+
+
+def test_dry_runs_memory_is_within_10_percent_of_the_measured(tmp_path):
+    """Resident memory, without Python and PyTorch's own. malloc is told to give back what is freed: by itself it keeps
+    up to half as much again for later."""
+    save(Llama(LlamaConfig(8000, 1024, 2816, n_layers=4, n_heads=8)), tmp_path / "pruned.pt")
+    rng, folder = np.random.default_rng(0), tmp_path / "data"
+    write_data(folder, sizes=(0, 0))
+    np.save(folder / "train.npy", rng.integers(0, 8000, 6 * 513).astype(np.uint16))
+    np.save(folder / "train.offsets.npy", np.arange(7) * 513)
+    np.save(folder / "train.prompt.npy", np.zeros(6, dtype=np.int32))
+    flags = ("--batch_size", 6, "--max_tokens", 3072, "--epochs", 1)
+    text = run(tmp_path, tmp_path / "run", *flags, "--dry_run").stdout
+    estimate = float(re.search(r"together +([\d.]+) GiB", text)[1])
+    code = "import torch, train; (torch.ones(999, 999) @ torch.ones(999, 999)); print(train.peak_memory('cpu'))"
+    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    line = command(tmp_path, tmp_path / "run", *flags)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    assert subprocess.run(line, capture_output=True, env=env, timeout=240).returncode == 0
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    peak = max(json.loads(line).get("peak_memory", 0) for line in lines)
+    assert (peak - int(alone.stdout)) / 2**30 == pytest.approx(estimate, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +520,7 @@ def test_resuming_another_run_is_refused(world, alone, tmp_path):
 def test_damaged_data_is_refused(tmp_path):
     data = write_data(tmp_path / "data")
     with pytest.raises(UserError, match="token id"):
-        train.Examples(data, "train", 100)
+        train.Examples(data, "train", 60)
     np.save(data / "train.offsets.npy", np.array([0, 5]))
     with pytest.raises(UserError, match="do not fit"):
         train.Examples(data, "train", 256)
@@ -496,6 +546,6 @@ def test_data_of_another_tokenizer_is_refused(world, tmp_path):
 
 def test_config_of_a_run_holds_what_it_takes_to_repeat_it(world, alone):
     about = json.loads((world / "alone" / "config.json").read_text())
-    assert about["settings"]["lr"] == 0.02 and about["settings"]["seed"] == 0
+    assert about["settings"]["lr"] == 0.004 and about["settings"]["seed"] == 0
     assert about["versions"]["torch"] == torch.__version__ and about["data"] and about["base"]
     assert LlamaConfig(**torch.load(world / "pruned.pt")["config"]) == PRESETS["test"]
