@@ -30,7 +30,7 @@ NAMES = {
     "masked_lora": "masked LoRA",
 }
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
-COLOURS = {"SPP": "#2b6cb0", "LoRA*": "#dd6b20", "masked": "#2f855a", "masked LoRA": "#b7791f", "dynamic": "#805ad5"}
+COLOURS = {"LoRA*": "#dd6b20", "SPP": "#2b6cb0", "masked LoRA": "#b7791f", "masked": "#2f855a", "dynamic": "#805ad5"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,9 @@ def read(paths: Iterable[str | Path]) -> list[dict]:
 
 def order(row: dict) -> tuple:
     """Dense first, then by the share of zeros, unstructured before N:M, pruned before fine-tuned."""
-    return row["zeros"] > 0.1, row["zeros"] > 0.6, row["sparsity"], row["method"].split(" + ")
+    pruner, *tuned = row["method"].split(" + ")
+    way = [list(COLOURS).index(m) if m in COLOURS else len(COLOURS) for m in tuned]
+    return row["zeros"] > 0.1, row["zeros"] > 0.6, row["sparsity"], pruner, way
 
 
 def average(record: dict) -> float:
@@ -213,18 +215,22 @@ def recovered(rows: list[dict]) -> str:
 
 
 def losses(records: list[dict]) -> str:
-    """Validation loss against steps, mean of the seeds, after Wanda: a panel a sparsity."""
+    """Validation loss against steps, mean of the seeds, after Wanda: a panel a sparsity.
+
+    All start at the pruned model's loss, which is written, not drawn: the scale would show nothing else.
+    """
     curves = {}
     for r in records:
         if r.get("val_loss") and r["method"].startswith("Wanda"):
             curves.setdefault(r["sparsity"], {}).setdefault(r["method"].split(" + ")[1], []).append(r["val_loss"])
     shown = [s for s in ("0.75", "2:8") if s in curves] or list(curves)
-    top = max(loss for s in shown for same in curves[s].values() for curve in same for _, loss in curve)
-    low = min(loss for s in shown for same in curves[s].values() for curve in same for _, loss in curve)
+    drawn = [loss for s in shown for same in curves[s].values() for curve in same for step, loss in curve if step]
+    low, top = min(drawn, default=0), max(drawn, default=1)
     parts, wide, up = [], 410, lambda loss: 250 - 215 * (loss - low) / max(1e-9, top - low)
     for p, sparsity in enumerate(shown):
         left = 40 + p * wide
-        parts += [text(left, 20, f"Wanda {sparsity}: validation loss against steps")]
+        begin = statistics.fmean(curve[0][1] for same in curves[sparsity].values() for curve in same)
+        parts.append(text(left, 20, f"Wanda {sparsity}: validation loss against steps (pruned: {begin:.2f})"))
         for i in range(5):
             y = low + (top - low) * i / 4
             parts += [text(left - 6, up(y) + 4, f"{y:.2f}", "end"), line(left, up(y), left + wide - 60, up(y), "#ddd")]
@@ -232,13 +238,14 @@ def losses(records: list[dict]) -> str:
         for step in range(0, last + 1, max(1, last // 5)):
             parts.append(text(left + (wide - 60) * step / max(1, last), 266, str(step), "middle"))
         for method, same in curves[sparsity].items():
-            mean = [(x, statistics.fmean(c[i][1] for c in same)) for i, (x, _) in enumerate(same[0])]
+            mean = [(x, statistics.fmean(c[i][1] for c in same)) for i, (x, _) in enumerate(same[0]) if x]
             points = " ".join(f"{left + (wide - 60) * x / max(1, last):.1f},{up(y):.1f}" for x, y in mean)
             colour = COLOURS.get(method, "#444")
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     for i, (name, colour) in enumerate(COLOURS.items()):
         parts += [f'<rect x="{40 + 108 * i}" y="282" width="12" height="12" fill="{colour}"/>']
         parts += [text(56 + 108 * i, 292, name)]
+    parts.append(text(56 + 108 * len(COLOURS), 292, "LoRA*: before the mask is applied again"))
     return picture(40 + wide * len(shown), 304, parts)
 
 
