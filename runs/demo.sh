@@ -1,8 +1,9 @@
 #!/bin/sh
 # The whole method on a world that fits a laptop. Every command is echoed as you would type it.
-#   make demo        Wanda and SparseGPT at four sparsities, SPP after each: minutes on two cores
+#   make demo        Wanda and SparseGPT at four sparsities, SPP after each; minutes on two cores
 #   make demo-full   three worlds, every way to fine-tune; about 40 minutes of one core; a killed run goes on
 set -e
+export OMP_NUM_THREADS=1 # threads of one process wait for each other: two processes use two cores better
 run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
 # world SEED: a world, and a small LLaMA that knows it; what it is pruned with and fine-tuned on
@@ -71,15 +72,25 @@ if [ "$1" = full ]; then
     exit
 fi
 
+# chain METHOD: prunes with it at every sparsity, SPP after each
+chain() {
+    for sparsity in 0.5 2:4 0.75 2:8; do
+        prune $1 $sparsity
+        tune 0 spp $SPP
+    done
+}
+
 W=out/demo
 rm -rf $W
 world 0
-for sparsity in 0.5 2:4 0.75 2:8; do
-    for method in wanda sparsegpt; do
-        prune $method $sparsity
-        tune 0 spp $SPP
-    done
-done
+printf '\nSparseGPT goes through the same steps as Wanda on the other core; its output is in %s/sparsegpt.log\n' $W
+chain sparsegpt > $W/sparsegpt.log 2>&1 &
+other=$!
+trap 'kill $other 2> /dev/null || :' EXIT
+trap 'exit 130' INT TERM
+chain wanda
+echo && echo "waiting for SparseGPT" && wait $other || { cat $W/sparsegpt.log && exit 1; }
+grep '\$ python' $W/sparsegpt.log
 run python bench/tables.py $W/results_*.json --svg $W/demo.svg
 cat <<'END'
 
