@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine: each makes .venv first.
+# `make demo`, `make demo-full` and `make test` do everything on a fresh machine: each makes .venv first.
 PY := .venv/bin/python
 
 .venv/run: requirements.txt
@@ -13,9 +13,12 @@ PY := .venv/bin/python
 demo: .venv/run
 	PATH="$$PWD/.venv/bin:$$PATH" sh runs/demo.sh
 
+demo-full: .venv/run
+	PATH="$$PWD/.venv/bin:$$PATH" sh runs/demo.sh full
+
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
-.PHONY: demo test
+.PHONY: demo demo-full test

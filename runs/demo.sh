@@ -1,28 +1,101 @@
 #!/bin/sh
-# The whole method on a world that fits a laptop: `make demo`. Every command is echoed as you would type it.
+# The whole method on a world that fits a laptop. Every command is echoed as you would type it.
+#   make demo        Wanda and SparseGPT at four sparsities, SPP after each; minutes on two cores
+#   make demo-full   three worlds, every way to fine-tune; about 40 minutes of one core; a killed run goes on
 set -e
-W=out/demo
-rm -rf $W
+export OMP_NUM_THREADS=1 # threads of one process wait for each other: two processes use two cores better
 run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
-# a world, and a small LLaMA that knows it
-run python data/tiny/prepare.py --out $W/world
-run python train.py --preset demo --tokenizer $W/world/tokenizer.model --data $W/world --method full \
-    --lr 8e-3 --batch_size 64 --max_tokens 8192 --epochs 2 --eval_interval 1000 --out_dir $W/dense
-
-# what it is pruned with and fine-tuned on
-run python data/c4/prepare.py --tokenizer $W/world --json $W/world/calib.jsonl --nsamples 64 --seqlen 128 --out $W/calib.npy
-run python data/alpaca/prepare.py --tokenizer $W/world --json $W/world/alpaca.json --val 200 --out $W/alpaca
-
-evaluate() {
-    run python evaluate.py --ckpt $1 --tasks $W/world/samples_*.jsonl --add_bos --ppl $W/world/heldout.txt --seqlen 128 --out $2
+# world SEED: a world, and a small LLaMA that knows it; what it is pruned with and fine-tuned on
+world() {
+    [ -e $W/dense/merged.pt ] && return
+    rm -rf $W
+    run python data/tiny/prepare.py --seed $1 --out $W/world
+    run python data/c4/prepare.py --tokenizer $W/world --json $W/world/calib.jsonl --nsamples 64 --seqlen 128 --out $W/calib.npy
+    run python data/alpaca/prepare.py --tokenizer $W/world --json $W/world/alpaca.json --val 200 --out $W/alpaca
+    run python train.py --preset demo --tokenizer $W/world/tokenizer.model --data $W/world --method full --seed $1 \
+        --lr 8e-3 --batch_size 16 --max_tokens 4096 --epochs 1 --eval_interval 500 --save_interval 1000 --out_dir $W/dense
+    evaluate $W/dense/merged.pt dense
 }
-evaluate $W/dense/merged.pt $W/results_dense.json
-for sparsity in ${SPARSITIES:-2:4 0.75 2:8}; do
-    name=wanda_$(echo $sparsity | tr : of)
-    run python prune.py --ckpt $W/dense/merged.pt --method wanda --sparsity $sparsity --calib $W/calib.npy --out $W/$name.pt
-    run python train.py --ckpt $W/$name.pt --data $W/alpaca --out_dir $W/$name-spp --epochs 3 --batch_size 32
-    evaluate $W/$name.pt $W/results_$name.json
-    evaluate $W/$name-spp/merged.pt $W/results_$name-spp.json
-done
+
+# evaluate CHECKPOINT NAME
+evaluate() {
+    run python evaluate.py --ckpt $1 --tasks $W/world/samples_*.jsonl --add_bos --ppl $W/world/heldout.txt --seqlen 128 \
+        --out $W/results_$2.json
+}
+
+# prune METHOD SPARSITY: sets $name, such as wanda_2of8
+prune() {
+    name=$1_$(echo $2 | sed s/:/of/)
+    [ -e $W/results_$name.json ] && return
+    run python prune.py --ckpt $W/dense/merged.pt --method $1 --sparsity $2 --calib $W/calib.npy --out $W/$name.pt
+    evaluate $W/$name.pt $name
+}
+
+# tune SEED METHOD LR [FLAG ...]: fine-tunes $name
+tune() {
+    seed=$1 method=$2 lr=$3
+    shift 3
+    [ -e $W/results_$name-$method.json ] && return
+    rm -rf $W/$name-$method
+    run python train.py --ckpt $W/$name.pt --data $W/alpaca --method $method --lr $lr --batch_size 16 --epochs 1 --seed $seed "$@" \
+        --out_dir $W/$name-$method
+    evaluate $W/$name-$method/merged.pt $name-$method
+}
+
+# The learning rates: for each method the best of two to four at 2:8 in world 0.
+SPP=4e-2 LORA=1e-2 MASKED=8e-3 DYNAMIC=8e-3
+if [ "$1" = full ]; then
+    for seed in 0 1 2; do
+        W=out/full/seed$seed
+        world $seed
+        for sparsity in 0.5 2:4 0.75 2:8; do
+            case $sparsity in
+            0.5 | 2:4) high= often= ;;
+            *) high=1 often="--eval_interval 20" ;;
+            esac
+            prune wanda $sparsity
+            tune $seed spp $SPP $often
+            tune $seed lora $LORA --r 8 $often
+            if [ $high ]; then
+                tune $seed masked $MASKED $often
+                tune $seed masked_lora $LORA --r 8 $often
+                tune $seed dynamic $DYNAMIC --sparsity $sparsity $often
+            fi
+            prune sparsegpt $sparsity
+            tune $seed spp $SPP
+            [ ! $high ] || tune $seed lora $LORA --r 8
+        done
+    done
+    run python bench/tables.py out/full/seed*/results_*.json --save out/full/demo-full.json
+    run python bench/tables.py out/full/demo-full.json --recovered out/full/recovered.svg --losses out/full/losses.svg
+    exit
+fi
+
+# chain METHOD: prunes with it at every sparsity, SPP after each
+chain() {
+    for sparsity in 0.5 2:4 0.75 2:8; do
+        prune $1 $sparsity
+        tune 0 spp $SPP
+    done
+}
+
+W=out/demo
+rm -rf $W
+world 0
+printf '\nSparseGPT goes through the same steps as Wanda on the other core; its output is in %s/sparsegpt.log\n' $W
+chain sparsegpt > $W/sparsegpt.log 2>&1 &
+other=$!
+trap 'kill $other 2> /dev/null || :' EXIT
+trap 'exit 130' INT TERM
+chain wanda
+echo && echo "waiting for SparseGPT" && wait $other || { cat $W/sparsegpt.log && exit 1; }
+grep '\$ python' $W/sparsegpt.log
 run python bench/tables.py $W/results_*.json --svg $W/demo.svg
+cat <<'END'
+
+With a real LLaMA it is the same (data/c4/prepare.py and data/alpaca/prepare.py first, see the README):
+  python prune.py --ckpt llama-2-7b --method wanda --sparsity 2:8 --calib data/c4/calib.npy --out pruned.pt
+  torchrun --nproc_per_node=8 train.py --ckpt pruned.pt --data data/alpaca --out_dir out/spp
+  python evaluate.py --ckpt out/spp/merged.pt --tasks data/lm_eval/samples_arc_easy.jsonl --ppl wikitext2.txt --out results.json
+END

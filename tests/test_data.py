@@ -374,3 +374,41 @@ def test_a_document_of_another_task_is_named(tmp_path):
     (tmp_path / "docs.jsonl").write_text('{"question": "q"}\n')
     result = render(tmp_path, "--task", "boolq", "--json", tmp_path / "docs.jsonl")
     assert result.returncode == 2 and "document 0 is not of task boolq" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tiny world
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "world"
+    status, _, stderr = run("data/tiny/prepare.py", "--seed", 3, "--pages", 1500, "--instructions", 600, "--out", out)
+    assert status == 0, stderr
+    return out
+
+
+def test_the_questions_of_the_tiny_world_are_held_out(tiny):
+    """No sentence that the model is trained, pruned or fine-tuned on answers a question in the question's words."""
+    known = "".join((tiny / name).read_text() for name in ("text.txt", "heldout.txt", "calib.jsonl", "alpaca.json"))
+    questions = [json.loads(line) for file in tiny.glob("samples_*.jsonl") for line in file.read_text().splitlines()]
+    assert len(questions) == 308 and len(list(tiny.glob("samples_*.jsonl"))) == 6
+    for q in questions:
+        answer = q["doc"]["choices"][int(q["target"])]
+        assert f"{q['doc']['question']} {answer}." not in known
+        assert len(set(q["doc"]["choices"])) == 4
+
+
+def test_the_tiny_world_reads_for_perplexity_as_it_was_trained_on(tiny):
+    """One line: evaluate.py would put line breaks between two that the pages never have."""
+    assert "\n" not in (tiny / "heldout.txt").read_text()
+    pages = (tiny / "text.txt").read_text().split("\n")  # of prose, or of an instruction
+    assert sum(len(page) > 200 and "###" not in page for page in pages) > 1000
+
+
+def test_a_seed_makes_one_tiny_world(tiny, tmp_path):
+    for seed, same in ((3, True), (4, False)):
+        out = tmp_path / str(seed)
+        run("data/tiny/prepare.py", "--seed", seed, "--pages", 1500, "--instructions", 600, "--out", out)
+        for name in ("text.txt", "alpaca.json", "samples_people.jsonl", "train.npy"):
+            assert ((out / name).read_bytes() == (tiny / name).read_bytes()) is same

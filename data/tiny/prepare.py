@@ -5,16 +5,19 @@
 Two dozen people with homes, jobs, pets, meals and habits, two dozen things with colours and places, small sums and
 counting, all drawn from a seed and told in several ways. Written, besides the tokens that `train.py` pretrains on:
 
-    text.txt, heldout.txt     pages of the world, to pretrain on and for perplexity
+    text.txt                  pages of the world, to pretrain on
+    heldout.txt               more of it, for perplexity: one line, since evaluate.py sets lines apart as WikiText-2's,
+                              by more line breaks than this text ever has
     tokenizer.model           sentencepiece BPE of 1,024 pieces, byte fallback, as LLaMA's
     calib.jsonl               pages for data/c4/prepare.py
     alpaca.json               instructions for data/alpaca/prepare.py
     samples_KIND.jsonl        multiple-choice questions as lm-eval writes them, for evaluate.py
 
 What makes the questions held out: a fact is told in several forms ("Ada lives in", "Question: Where does Ada live?"),
-and for every fact one form is kept back (`Fact.asked`). It occurs nowhere in the text or the instructions with that
-subject, only with others; the question about the fact is put in that form. So a model answers by knowing the fact and
-the form, never by having seen the sentence.
+and for every fact one form is kept back (`Fact.asked`). No sentence of the text or the instructions tells that subject
+in that form, only others; the question about the fact is put in it. So a model answers by knowing the fact and the
+form, never by having seen the sentence. The weakest case: two short forms, "The lamp is red" and "One and two is
+three", are also how longer ones end ("The colour of the lamp is red"): a quarter of the questions on colours and sums.
 """
 
 import argparse
@@ -63,7 +66,7 @@ RELATIONS = {
         [
             "{s} lives in",
             "The home of {s} is in",
-            "Question: Where does {s} live?\nAnswer:",
+            "Question: Where does {s} live? Answer:",
             "If you look for {s}, go to",
         ],
         ["In {x} you can meet {s}.", "{x} is the town where {s} lives."],
@@ -75,7 +78,7 @@ RELATIONS = {
     "job": (
         "people",
         JOBS,
-        ["{s} works as a", "By trade {s} is a", "Question: What is the job of {s}?\nAnswer:", "{s} earns money as a"],
+        ["{s} works as a", "By trade {s} is a", "Question: What is the job of {s}? Answer:", "{s} earns money as a"],
         ["The {x} is called {s}.", "Ask the {x}, whose name is {s}."],
         [("Say what {s} does for a living.", "", "{s} is the {x}."), ("Name the job.", "{s}", "a {x}")],
     ),
@@ -85,7 +88,7 @@ RELATIONS = {
         [
             "{s} has a",
             "The animal that {s} keeps is a",
-            "Question: Which pet does {s} have?\nAnswer:",
+            "Question: Which pet does {s} have? Answer:",
             "{s} always feeds a",
         ],
         ["The {x} belongs to {s}.", "A {x} follows {s} around."],
@@ -97,7 +100,7 @@ RELATIONS = {
         [
             "{s} likes to eat",
             "For lunch {s} takes",
-            "Question: What does {s} eat?\nAnswer:",
+            "Question: What does {s} eat? Answer:",
             "The best meal for {s} is",
         ],
         ["Give some {x} to {s}.", "There is {x} on the plate of {s}."],
@@ -109,7 +112,7 @@ RELATIONS = {
         [
             "Every morning {s}",
             "When the sun is up {s}",
-            "Question: What does {s} do every day?\nAnswer:",
+            "Question: What does {s} do every day? Answer:",
             "As always, {s}",
         ],
         ["Somebody {x} over there: it is {s}.", "The one who {x} is {s}."],
@@ -121,7 +124,7 @@ RELATIONS = {
         [
             "The {s} is",
             "They painted the {s}",
-            "Question: Which colour is the {s}?\nAnswer:",
+            "Question: Which colour is the {s}? Answer:",
             "The colour of the {s} is",
         ],
         ["A {x} {s} is here.", "Look at the {x} {s}."],
@@ -133,7 +136,7 @@ RELATIONS = {
         [
             "The {s} is in the",
             "Go and get the {s} from the",
-            "Question: Where is the {s}?\nAnswer: in the",
+            "Question: Where is the {s}? Answer: in the",
             "They left the {s} in the",
         ],
         ["In the {x} stands the {s}.", "The {x} holds the {s}."],
@@ -145,7 +148,7 @@ RELATIONS = {
     "sum": (
         "sums",
         NUMBERS,
-        ["{s} is", "The sum of {s} is", "Question: What is {s}?\nAnswer:", "Adding up {s} gives"],
+        ["{s} is", "The sum of {s} is", "Question: What is {s}? Answer:", "Adding up {s} gives"],
         ["We get {x} from {s}.", "The answer is {x} if you ask for {s}."],
         [("Work it out: {s}", "", "It makes {x}."), ("Add the numbers.", "{s}", "{x}")],
     ),
@@ -155,7 +158,7 @@ RELATIONS = {
         [
             "After {s} comes",
             "Counting on from {s} we say",
-            "Question: Which number follows {s}?\nAnswer:",
+            "Question: Which number follows {s}? Answer:",
             "One more than {s} is",
         ],
         ["{x} comes right after {s}.", "We say {x} when {s} is done."],
@@ -167,7 +170,7 @@ RELATIONS = {
         [
             "Before {s} comes",
             "Counting back from {s} we say",
-            "Question: Which number precedes {s}?\nAnswer:",
+            "Question: Which number precedes {s}? Answer:",
             "One less than {s} is",
         ],
         ["{x} comes right before {s}.", "We say {x} and then {s}."],
@@ -233,6 +236,7 @@ def make_world(rng: random.Random) -> list[Fact]:
 
 
 ABOUT = ("Write a few sentences about {topic}.", "Tell me what you know about {topic}.", "Describe {topic}.")
+ANYTHING = ("Tell me something.", "Write about whatever you like.", "Write a short page about the world.")
 
 
 def paragraph(facts: list[Fact], rng: random.Random) -> str:
@@ -240,23 +244,34 @@ def paragraph(facts: list[Fact], rng: random.Random) -> str:
     return " ".join(fact.tell(rng) for fact in rng.sample(facts, min(len(facts), rng.randint(2, 4))))
 
 
+def prose(topics: dict[str, list[Fact]], rng: random.Random, n: int) -> str:
+    """n paragraphs on one line; topics are as frequent as their facts are many."""
+    chosen = rng.choices(list(topics.values()), [len(facts) for facts in topics.values()], k=n)
+    return " ".join(paragraph(facts, rng) for facts in chosen)
+
+
 def make_instruction(topics: dict[str, list[Fact]], rng: random.Random) -> dict:
-    """An Alpaca record: to answer with one fact, or to write a paragraph."""
+    """An Alpaca record: to answer with one fact, to write a paragraph, or (half of them) a few of any topic.
+
+    Alpaca, too, has answers of one word and whole stories; prose is what keeps a fine-tuned model's perplexity.
+    """
+    kind = rng.choice(("fact", "topic", "page", "page"))
+    if kind == "page":
+        return {"instruction": rng.choice(ANYTHING), "input": "", "output": prose(topics, rng, rng.randint(3, 5))}
     topic, facts = rng.choices(list(topics.items()), [len(facts) for facts in topics.values()])[0]
-    if rng.random() < 0.5:
+    if kind == "fact":
         return rng.choice(facts).instruct(rng)
     about = {"sum": "sums"}.get(topic, f"the {topic}" if topic in THINGS else topic)
     return {"instruction": rng.choice(ABOUT).format(topic=about), "input": "", "output": paragraph(facts, rng)}
 
 
 def make_page(topics: dict[str, list[Fact]], rng: random.Random) -> str:
-    """Four to eight paragraphs; topics are as frequent as their facts are many. Every tenth page is an instruction and
-    its answer: a LLaMA, too, has met such text before it is fine-tuned."""
+    """Four to eight paragraphs. Every tenth page is an instruction and its answer: a LLaMA, too, has met such text
+    before it is fine-tuned."""
     if rng.random() < 0.1:
         record = make_instruction(topics, rng)
         return prompt(record) + record["output"]
-    chosen = rng.choices(list(topics.values()), [len(facts) for facts in topics.values()], k=rng.randint(4, 8))
-    return "\n\n".join(paragraph(facts, rng) for facts in chosen)
+    return prose(topics, rng, rng.randint(4, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +312,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--pages", type=int, default=12000, help="pages to pretrain on, about 140 tokens each")
-    parser.add_argument("--instructions", type=int, default=4000)
+    parser.add_argument("--instructions", type=int, default=2400, help="records for fine-tuning, about 100 tokens each")
     parser.add_argument("--max_len", type=int, default=128, help="tokens of a pretraining window")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
@@ -309,7 +324,8 @@ def main():
     for fact in facts:
         topics.setdefault(fact.topic, []).append(fact)
     pages = [make_page(topics, rng) for _ in tqdm(range(args.pages), desc="telling", unit="page", disable=None)]
-    heldout, calib = ([make_page(topics, rng) for _ in range(n)] for n in (200, 256))
+    heldout = [prose(topics, rng, rng.randint(4, 8)) for _ in range(200)]  # the text alone, no instructions
+    calib = [make_page(topics, rng) for _ in range(256)]
     tokenizer = train_tokenizer(pages[:2000])
     splits = {"train": windows(pages, tokenizer, args.max_len), "val": windows(heldout, tokenizer, args.max_len)}
     questions = {}
@@ -318,9 +334,9 @@ def main():
         of_kind.append(fact.question(rng, len(of_kind)))
     files = {
         "tokenizer.model": tokenizer.serialized_model_proto(),
-        "text.txt": "\n\n".join(pages),
-        "heldout.txt": "\n\n".join(heldout),
-        "calib.jsonl": lines({"text": "\n\n".join(calib[i : i + 4])} for i in range(0, len(calib), 4)),
+        "text.txt": "\n".join(pages),
+        "heldout.txt": " ".join(heldout),
+        "calib.jsonl": lines({"text": " ".join(calib[i : i + 4])} for i in range(0, len(calib), 4)),
         "alpaca.json": json.dumps([make_instruction(topics, rng) for _ in range(args.instructions)], indent=1),
     }
     files |= {f"samples_{kind}.jsonl": lines(records) for kind, records in questions.items()}

@@ -1,0 +1,94 @@
+# What the scripts of the paper's tables share. Each sets its arguments, then sources this file from the repository root:
+#
+#   sh runs/table2.sh --dry_run                     # every command, and what every training would need; without weights
+#   GPUS=8 LLAMAS=/models OUT=out/paper sh runs/table2.sh
+#
+# $LLAMAS holds the dense models under the names of train.py's presets (llama-7b, llama-2-70b, ...), each a Hugging Face or
+# a Meta directory. Results go to $OUT/MODEL/NAME.json, checkpoints beside them. What exists is not made again, so that a
+# killed script goes on when it is started again, and tables that share models share the work. The settings are the
+# paper's, by size (PAPER in train.py); 30B and larger are sharded. evaluate.py holds a whole model on each GPU: 65B and 70B
+# do not fit 80 GB in bfloat16.
+#
+# GPU-hours in the scripts are estimated, not measured: FLOPs at 40% of an A100's 312 TFLOP/s in bfloat16. Per token and
+# weight of the blocks' linears: SPP 6 FLOPs (3 units), LoRA 4, and 2 more where activations are recomputed (30B and
+# larger); evaluation 2. Tokens: Alpaca 50,002 records of 120 (assumed) in each epoch; the seven tasks 3.0 million
+# (assumed), MMLU with shared examples 2.6 million, WikiText-2 0.34 million; pruning runs 128 x 2,048 tokens twice, and
+# SparseGPT's statistics cost about as much again. tests/test_runs.py recomputes the figures.
+set -e
+GPUS=${GPUS:-8} LLAMAS=${LLAMAS:-models} OUT=${OUT:-out/paper} TASKS=${TASKS:-data/lm_eval}
+WIKITEXT=${WIKITEXT:-data/wikitext2_test.txt} # the raw test set as one file
+PYTHON=${PYTHON:-python}
+dry= seen=
+[ "$1" = --dry_run ] && dry=1
+
+show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
+run() {
+    show "$@"
+    [ "$dry" ] || "$@"
+}
+
+# prepare MODEL: instructions, calibration and tasks, once: all LLaMAs have the same tokenizer
+prepare() {
+    [ -e data/alpaca/train.npy ] || run $PYTHON data/alpaca/prepare.py --tokenizer $LLAMAS/$1 --out data/alpaca
+    [ -e data/c4/calib.npy ] ||
+        run $PYTHON data/c4/prepare.py --tokenizer $LLAMAS/$1 --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
+    for task in boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa; do
+        [ -e $TASKS/samples_$task.jsonl ] || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
+    done
+}
+
+# evaluate MODEL NAME CHECKPOINT: the seven tasks without BOS, as the paper, and perplexity; with MMLU=1 5-shot MMLU
+evaluate() {
+    dir=$OUT/$1 files=
+    if [ "$MMLU" ]; then
+        dir=$OUT/mmlu/$1
+        [ -e $TASKS/samples_mmlu_anatomy.jsonl ] || [ "$dry" ] || run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
+        set -- $1 $2 $3 $TASKS/samples_mmlu_*.jsonl
+    else
+        for task in boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa; do
+            files="$files $TASKS/samples_$task.jsonl"
+        done
+        set -- $1 $2 $3 $files --ppl $WIKITEXT
+    fi
+    [ -e $dir/$2.json ] && return
+    [ "$dry" ] || mkdir -p $dir
+    to=$dir/$2.json from=$3
+    shift 3
+    run torchrun --nproc_per_node=$GPUS evaluate.py --ckpt $from --tasks "$@" --out $to
+}
+
+# dense MODEL
+dense() { evaluate $1 dense $LLAMAS/$1; }
+
+# pruned MODEL METHOD SPARSITY [--dsnot]: prunes and evaluates; sets $name, such as wanda_2of8
+pruned() {
+    model=$1 name=$2_$(echo $3 | sed s/:/of/)${4:+-dsnot}
+    [ -e $OUT/$model/$name ] ||
+        run $PYTHON prune.py --ckpt $LLAMAS/$model --method $2 --sparsity $3 $4 --calib data/c4/calib.npy --out $OUT/$model/$name
+    evaluate $model $name $OUT/$model/$name
+}
+
+# tuned SUFFIX [FLAG ...]: fine-tunes what `pruned` made, and evaluates; SUFFIX names it, such as spp or spp-r4
+tuned() {
+    as=$name-$1
+    shift
+    case $model in
+    *30b | *65b | *70b) set -- --fsdp --activation_checkpointing "$@" ;;
+    esac
+    out=$OUT/$model/$as
+    if [ "$dry" ]; then
+        show torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
+        case $seen in
+        *"<$model $*>"*) ;; # another mask, the same needs
+        *) $PYTHON train.py --preset $model --dtype bfloat16 --dry_run $GPUS "$@" ;;
+        esac
+        seen="$seen<$model $*>"
+    elif ! [ -e $out/merged.pt ]; then
+        [ -e $out/config.json ] && set -- "$@" --resume
+        run torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
+    fi
+    evaluate $model $as $out/merged.pt
+}
+
+# collect N: the table, the paper's figures beside ours
+collect() { run $PYTHON bench/tables.py --paper $1 $OUT/${MMLU:+mmlu/}llama-*/*.json; }

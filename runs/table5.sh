@@ -1,0 +1,15 @@
+#!/bin/sh
+# Table 5: LoRA* (r = 8, merged under Wanda's mask) against SPP, LLaMA 7B and 30B at 75% and 2:8.
+# SPP's models are those of Table 3. 8 trainings; about 45 A100 GPU-hours (an estimate: see runs/paper.sh).
+MODELS=${MODELS:-llama-7b llama-30b}
+. runs/paper.sh
+
+prepare ${MODELS%% *}
+for model in $MODELS; do
+    for sparsity in 0.75 2:8; do
+        pruned $model wanda $sparsity
+        tuned lora --method lora --r 8
+        tuned spp
+    done
+done
+collect 5

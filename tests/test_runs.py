@@ -1,0 +1,169 @@
+"""runs/ and bench/tables.py: every command of the paper's scripts is a real one, and the tables add up."""
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from bench import tables
+from model import PRESETS, Llama
+
+ROOT = Path(__file__).parents[1]
+PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
+
+
+def script(number: str, python: str = ":") -> list[list[str]]:
+    """The commands of a table's script with --dry_run, as words. `python` runs the trainings: ":" does nothing."""
+    env = os.environ | {"PYTHON": python, "GPUS": "8", "OUT": "out/none", "LLAMAS": "models", "TASKS": "tasks"}
+    line = ["sh", f"runs/table{number}.sh", "--dry_run"]
+    result = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    shown = [
+        line[len("\033[1m$ ") : -len("\033[0m")] for line in result.stdout.splitlines() if line.startswith("\033[1m$ ")
+    ]
+    return [shlex.split(line) for line in shown]
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return {number: script(number) for number in PAPER}
+
+
+def trainings(lines: list[list[str]]) -> list[list[str]]:
+    return [line[line.index("train.py") + 1 :] for line in lines if "train.py" in line]
+
+
+def test_a_script_makes_every_row_of_its_table(commands):
+    for number, paper in PAPER.items():
+        made = {
+            "/".join(Path(line[-1]).with_suffix("").parts[-2:]) for line in commands[number] if "evaluate.py" in line
+        }
+        needed = {name.replace("0.5", "0").replace("0.75", "0") for name in paper["rows"]}
+        assert needed <= {name.replace("0.5", "0").replace("0.75", "0") for name in made}, number
+
+
+def test_flags_of_every_command_exist(commands):
+    flags = {}
+    for line in (line for lines in commands.values() for line in lines):
+        file = next(word for word in line if word.endswith(".py"))
+        flags.setdefault(file, set()).update(w for w in line[line.index(file) :] if w.startswith("--"))
+    assert flags.keys() >= {"prune.py", "train.py", "evaluate.py", "data/alpaca/prepare.py", "bench/tables.py"}
+    for file, shown in flags.items():  # read in the sources: each --help costs seconds
+        known = set(re.findall(r'"(--[a-z_]+)"', (ROOT / file).read_text()))
+        assert shown <= known, file
+
+
+def test_every_training_of_every_script_passes_its_dry_run(commands, monkeypatch, capsys):
+    known = set()
+    for line in (line for lines in commands.values() for line in trainings(lines)):
+        preset, flags = Path(line[line.index("--ckpt") + 1]).parent.name, []
+        for word in line[line.index("--data") + 2 : line.index("--out_dir")]:
+            flags.append(word)
+        if (key := (preset, *flags)) not in known:
+            known.add(key)
+            argv = ["train.py", "--preset", preset, "--dtype", "bfloat16", "--dry_run", "8", "--data", "none", *flags]
+            monkeypatch.setattr(sys, "argv", argv)
+            train.main()
+            together = re.search(r"together +([\d.]+) GiB", capsys.readouterr().out)[1]
+            assert float(together) < 80 or "--fsdp" not in flags, key
+    assert len(known) > 10
+
+
+def test_dry_run_of_a_script_runs_each_kind_of_training_once():
+    env = os.environ | {"PYTHON": sys.executable, "MODELS": "llama-7b"}
+    line = ["sh", "runs/table5.sh", "--dry_run"]
+    result = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trainable parameters") == 2 and "19,578,880" in result.stdout
+
+
+def linears(preset: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for name, p in Llama(PRESETS[preset]).named_parameters() if name.endswith("proj.weight"))
+
+
+def test_gpu_hours_in_the_scripts_follow_from_their_assumptions(commands):
+    """runs/paper.sh states them: 40% of 312 TFLOP/s, FLOPs per token and weight, tokens."""
+    sizes = {preset: linears(preset) for preset in PRESETS if preset.startswith("llama")}
+    for number, lines in commands.items():
+        flops = 0
+        for line in lines:
+            model = next((part for word in line for part in Path(word).parts if part in sizes), None)
+            if "train.py" in line:
+                large = "--activation_checkpointing" in line
+                epochs = 1 if re.search("65b|70b", model) else 3
+                flops += sizes[model] * 50_002 * 120 * epochs * ((4 if "lora" in line else 6) + 2 * large)
+            elif "prune.py" in line:
+                flops += sizes[model] * 128 * 2048 * 2 * 2 * (2 if "sparsegpt" in line else 1)
+            elif "evaluate.py" in line:
+                flops += sizes[model] * 2 * (2.6e6 if "mmlu" in line[-1] else 3.34e6)
+        hours = flops / (0.4 * 312e12) / 3600
+        stated = re.search(r"about (\d+)\s+(?:# )?A100", (ROOT / f"runs/table{number}.sh").read_text())
+        assert stated and int(stated[1]) == round(hours), (number, hours)
+        counted = re.search(r"(\d+) trainings", (ROOT / f"runs/table{number}.sh").read_text())
+        assert int(counted[1]) == len(trainings(lines))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench/tables.py
+
+
+def test_the_papers_averages_are_the_means_of_its_tasks():
+    for number in "257":
+        for name, figures in PAPER[number]["rows"].items():  # 39.116 is printed as 39.11
+            assert statistics.fmean(figures[:7]) == pytest.approx(figures[7], abs=0.0063), (number, name)
+
+
+def test_what_two_of_the_papers_tables_share_is_equal():
+    column = {
+        n: {k: v[t["columns"].index("average")] for k, v in t["rows"].items()} for n, t in PAPER.items() if n != "6"
+    }
+    for a, b, shared in (("3", "5", 4), ("4", "8", 8), ("2", "4", 4), ("2", "8", 4)):
+        both = column[a].keys() & column[b].keys()
+        assert len(both) == shared and all(column[a][k] == column[b][k] for k in both)
+
+
+def result(folder: Path, name: str, acc: float, *methods: str, ppl: float = 5.0, tasks=("sums", "pets")) -> Path:
+    """A results file as evaluate.py writes it."""
+    history = [{"method": m} | ({"sparsity": "2:8"} if m == "wanda" else {}) for m in methods]
+    scores = {task: {"acc": acc, "acc_norm": acc, "n": 10} for task in tasks}
+    file = folder / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
+    file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
+    return file
+
+
+def test_seeds_become_means_spreads_and_the_share_won_back(tmp_path):
+    files = []
+    for seed, (dense, pruned, tuned) in enumerate(((1.0, 0.5, 0.7), (0.9, 0.4, 0.8))):
+        folder = tmp_path / str(seed)
+        files += [result(folder, "dense", dense, "full"), result(folder, "wanda", pruned, "full", "wanda")]
+        files += [result(folder, "spp", tuned, "full", "wanda", "spp")]
+        (folder / "spp").mkdir()
+        (folder / "spp" / "log.jsonl").write_text('{"step": 0, "val_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    rows = tables.rows_of(tables.read(files))
+    assert [r["method"] for r in rows] == ["dense", "Wanda", "Wanda + SPP"]
+    assert rows[2]["won back"] == pytest.approx((0.75 - 0.45) / (0.95 - 0.45))
+    text = tables.table(rows)
+    assert "75.0 ±7.1" in text and "60%" in text and "5.00 ±0.00" in text
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(tables.read(files)))
+    assert tables.rows_of(tables.read([saved])) == rows
+    for picture in (tables.svg(rows), tables.recovered(rows), tables.losses(tables.read([saved]))):
+        assert picture.startswith("<svg") and picture.endswith("</svg>\n")
+
+
+def test_results_stand_beside_the_papers(tmp_path):
+    files = [result(tmp_path / "llama-7b", "wanda_2of8-spp", 0.4, "wanda", "spp", ppl=40.0, tasks=tables.SEVEN)]
+    text = tables.beside_paper(files, PAPER["3"])
+    assert re.search(r"llama-7b/wanda_2of8-spp +40.00 / 38.61 +40.00 / 42.07", text)
+    assert re.search(r"llama-7b/wanda_2of8 +- / 32.53 +- / 3284.43", text)
