@@ -24,6 +24,7 @@ from model import (
     generate,
     load,
     map_tensor,
+    meta_params,
     open_checkpoint,
     rope_tables,
     safetensors_index,
@@ -202,27 +203,64 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+FORMATS = ("pt", "hf", "sharded", "meta")
+
+
+def write_as(ckpt, path: Path, form: str) -> Path:
+    path = path.with_suffix(".pt") if form == "pt" else path
+    size = 30_000 if form == "sharded" else 10**9
+    write_checkpoint(ckpt, path, max_shard_size=size, layout="meta" if form == "meta" else "hf")
+    assert form != "sharded" or len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("first", ("a.pt", "a", "a-sharded"))
-@pytest.mark.parametrize("second", ("b.pt", "b", "b-sharded"))
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
 def test_round_trips_are_bit_for_bit(model, tokenizer, tmp_path, dtype, first, second):
     model.to(dtype).history = [{"method": "wanda", "sparsity": "2:4"}]
     save(model, tmp_path / "model.pt", tokenizer)
     source = open_checkpoint(tmp_path / "model.pt")
-    for name in (first, second):
-        size = 30_000 if "sharded" in name else 10**9
-        write_checkpoint(open_checkpoint(source.path), tmp_path / name, max_shard_size=size)
-        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1 or "sharded" not in name
-        again = open_checkpoint(tmp_path / name)
-        assert same(source, again) and again.config == model.config and again.history == model.history
+    source.files = {"LICENSE.txt": b"do as you like", "tokenizer.json": b"{}"}
+    fingerprint = source.fingerprint()
+    for name, form in (("first", first), ("second", second), ("back", "pt")):
+        again = open_checkpoint(write_as(source, tmp_path / name, form))
+        assert same(again, model.state_dict()) and again.fingerprint() == fingerprint
+        assert again.config == model.config and again.history == model.history
         assert again.tokenizer == tokenizer.serialized_model_proto()
-        assert again.fingerprint() == source.fingerprint()
+        assert again.files["LICENSE.txt"] == b"do as you like" and again.files["tokenizer.json"] == b"{}"
         source = again
 
 
-def write_meta(model: Llama, folder: Path, parts: int) -> None:
-    """Meta's layout from ours, written from its description: rows of wq and wk interleaved, matrices cut in parts."""
-    c, folder = model.config, folder
+@pytest.mark.parametrize("form", FORMATS)
+def test_tied_embeddings_survive_every_format(tmp_path, form):
+    model = Llama(dataclasses.replace(PRESETS["test"], tie_embeddings=True))
+    save(model, tmp_path / "model.pt")
+    again, _ = load(write_as(open_checkpoint(tmp_path / "model.pt"), tmp_path / "again", form))
+    assert same(again.state_dict(), model.state_dict())
+    assert again.config.tie_embeddings == (form != "meta")  # whose code wants both matrices
+
+
+def meta_width(params: dict) -> int:
+    """The MLP's width as Meta's code computes it from params.json."""
+    width = int(2 * (4 * params["dim"]) / 3)
+    width = int(params.get("ffn_dim_multiplier", 1) * width)
+    return params["multiple_of"] * ((width + params["multiple_of"] - 1) // params["multiple_of"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("odd", (0, 1))
+def test_params_json_gives_the_width_of_the_mlp(preset, odd):
+    config = dataclasses.replace(PRESETS[preset], intermediate_size=PRESETS[preset].intermediate_size + odd)
+    params = meta_params(config, "out")
+    assert meta_width(params) == config.intermediate_size
+    assert "max_seq_len" not in params or not preset.startswith("llama")  # Meta's code knows no such key
+
+
+def write_meta(model: Llama, folder: Path, parts: int, rows: bool = False) -> None:
+    """Meta's layout from ours, written from its description: rows of wq and wk interleaved, matrices cut in parts.
+    rows: embeddings are cut along the vocabulary, as since LLaMA-3."""
+    c = model.config
     folder.mkdir()
     params = {"dim": c.hidden_size, "multiple_of": 32, "n_heads": c.n_heads, "n_layers": c.n_layers}
     params |= {"n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps, "vocab_size": -1}
@@ -239,7 +277,7 @@ def write_meta(model: Llama, folder: Path, parts: int) -> None:
         if "wq" in name or "wk" in name:
             heads = w.view(-1, 2, c.head_dim // 2, c.hidden_size)  # (head, half, i) -> (head, i, half)
             w = heads.transpose(1, 2).reshape(w.shape)
-        dim = 1 if any(x in name for x in ("wo.", "w2.", "tok_emb")) else 0
+        dim = 1 if any(x in name for x in ("wo.", "w2.", "-" if rows else "tok_emb")) else 0
         pieces = [w] * parts if w.dim() == 1 else w.chunk(parts, dim)
         for part, piece in zip(out, pieces, strict=True):
             part[name] = piece.clone()
@@ -247,11 +285,29 @@ def write_meta(model: Llama, folder: Path, parts: int) -> None:
         torch.save(part, folder / f"consolidated.{i:02}.pth")
 
 
-@pytest.mark.parametrize("parts", (1, 2))
-def test_metas_parts_are_joined(model, tmp_path, parts):
-    write_meta(model, tmp_path / "meta", parts)
+@pytest.mark.parametrize("parts", (1, 2, 4, 8))
+@pytest.mark.parametrize("rows", (False, True))
+def test_metas_parts_are_joined(tmp_path, parts, rows):
+    model = Llama(dataclasses.replace(PRESETS["test"], n_heads=8, n_kv_heads=8, hidden_size=64))
+    write_meta(model, tmp_path / "meta", parts, rows)
     joined, _ = load(tmp_path / "meta")
     assert same(joined.state_dict(), model.state_dict())
+
+
+def test_metas_layout_is_written_as_meta_has_it(model, tmp_path):
+    write_meta(model, tmp_path / "theirs", 1)
+    save(model, tmp_path / "model.pt")
+    write_as(open_checkpoint(tmp_path / "model.pt"), tmp_path / "ours", "meta")
+    theirs, ours = (torch.load(tmp_path / name / "consolidated.00.pth") for name in ("theirs", "ours"))
+    del theirs["rope.freqs"]  # Meta's code computes it
+    assert same(ours, theirs)
+
+
+def test_a_streamed_pt_is_what_torch_save_writes(model, tmp_path):
+    save(model, tmp_path / "model.pt")
+    for mmap in (False, True):
+        data = torch.load(tmp_path / "model.pt", mmap=mmap, weights_only=True)
+        assert same(data["model"], model.state_dict()) and data["config"] == dataclasses.asdict(model.config)
 
 
 def test_files_are_exchanged_with_the_safetensors_library(model, tmp_path):
@@ -315,7 +371,7 @@ def edit(path: Path, **changes):
         (lambda d: edit(d / "config.json", hidden_size="x"), "hidden_size"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1000]), "truncated"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "safetensors"),
-        (lambda d: (d / "model.safetensors").unlink(), "neither \\*.safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "neither model"),
         (lambda d: (d / "tokenizer.model").write_bytes(b"junk"), "sentencepiece"),
     ],
 )
