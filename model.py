@@ -29,6 +29,7 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def cli(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
             time.sleep(5)
         sys.exit(2)
@@ -477,6 +478,7 @@ def checked_config(values: dict, source: str | Path) -> LlamaConfig:
         needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
         check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
         check("rope_scaling", all(number(scaling.get(k), int, float) for k in needed), f"{', '.join(needed)} above 0")
+        values = values | {"rope_scaling": {k: scaling[k] for k in ("rope_type", *needed)}}
     config = LlamaConfig(**values)
     check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
     check("n_heads", config.n_heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
@@ -502,10 +504,14 @@ def add_beside(ckpt: Checkpoint, path: Path) -> Checkpoint:
 def torch_load(path: Path):
     """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
     try:
-        with zipfile.ZipFile(path) as z:  # torch.save compresses nothing; what is compressed might swell without end
+        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
+            # torch.save never writes two things that can swell without end: compressed entries and sized bytearrays.
             if any(entry.compress_type for entry in z.infolist()):
                 raise ValueError("it is compressed")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if any(b"\nbytearray\n" in z.read(name) for name in z.namelist() if name.endswith("data.pkl")):
+                raise ValueError("it holds a bytearray")
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # zip, pickle and torch raise a dozen kinds for a damaged file
@@ -522,7 +528,7 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     for name, w in state.items():
         if not isinstance(name, str) or not isinstance(w, Tensor) or w.layout != torch.strided or w.is_meta:
             raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
-        if w.numel() * w.element_size() > w.untyped_storage().nbytes():
+        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
             raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
     return state
 
@@ -544,6 +550,14 @@ def open_pt(path: Path) -> Checkpoint:
     for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
         if not isinstance(about[key], kind):
             raise UserError(f"{path}: its {key} is a {type(about[key]).__name__}")
+    try:  # whether these can be written out again
+        json.dumps(about["history"])
+        dict(json.loads(about["files"].get("config.json", "{}")))
+        ok = all(isinstance(entry, dict) for entry in about["history"])
+    except (TypeError, ValueError, RecursionError):
+        ok = False
+    if not ok:
+        raise UserError(f"{path}: its history or config.json is damaged")
     ckpt = Checkpoint(path, checked_config(data["config"], path), *torch_tensors(path, "model"))
     for name, content in about["files"].items():
         if (

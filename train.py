@@ -441,7 +441,8 @@ def estimate(model: Llama, args, world: int) -> dict[str, int]:
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
         x = torch.empty(rows, T, c.hidden_size, dtype=getattr(torch, args.dtype), requires_grad=True)
-        cos, sin = rope_tables(c, torch.arange(T), x.dtype)
+        # their shapes matter here, not the positions, which a fake tensor does not have
+        cos, sin = rope_tables(dataclasses.replace(c, rope_scaling=None, sliding_window=None), torch.arange(T), x.dtype)
         saved = count_saved(lambda: layer(x, cos, sin), layer.parameters())
     item = x.element_size()
     boundary = rows * T * c.hidden_size * item
@@ -560,6 +561,7 @@ def main():
         train, val = (Examples(data, split, config.vocab_size) for split in ("train", "val"))
         check_tokenizer(data, ckpt, args)
         longest = int(max(train.lengths.max(initial=0), val.lengths.max(initial=0)))
+        config.check_length(longest, f"--data {data}")
         if not len(train.lengths):
             raise UserError(f"--data {data}: holds no training example")
         if longest > args.max_tokens:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SHARED, needs_shared
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from model import (
@@ -21,6 +21,7 @@ from model import (
     Llama,
     LlamaConfig,
     UserError,
+    describe,
     generate,
     load,
     map_tensor,
@@ -36,7 +37,10 @@ from model import (
 ROOT = Path(__file__).parents[1]
 SHAPES = {
     "llama-1": {},
-    "grouped-query": {"num_key_value_heads": 2, "max_position_embeddings": 4096},
+    "llama-2-70b": {"num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
+    "tinyllama": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "intermediate_size": 176},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6},
+    "mistral with a window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 100},
     "tied": {"tie_word_embeddings": True},
     "another theta": {"rope_theta": 500000.0},
     "another head width": {"head_dim": 24},
@@ -54,18 +58,32 @@ SHAPES = {
 }
 
 
-def hf_model(**options) -> LlamaForCausalLM:
+FORMATS = ("pt", "hf", "sharded", "meta")
+
+
+def write_as(ckpt, path: Path, form: str) -> Path:
+    path = path.with_suffix(".pt") if form == "pt" else path
+    size = 30_000 if form == "sharded" else 10**9
+    write_checkpoint(ckpt, path, max_shard_size=size, layout="meta" if form == "meta" else "hf")
+    assert form != "sharded" or len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+def hf_model(model_type="llama", **options):
     """A random model of transformers', its weights large enough that positions and heads matter."""
+    config, family = (HFConfig, LlamaForCausalLM)
+    if model_type == "mistral":
+        config, family = (MistralConfig, MistralForCausalLM)
     shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
     torch.manual_seed(0)
-    return LlamaForCausalLM(HFConfig(**(shape | options))).eval()
+    return family(config(**(shape | options))).eval()
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_equal_transformers(tmp_path, options):
     theirs = hf_model(**options)
-    theirs.save_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "hf")  # with the config keys of today
     ours, _ = load(tmp_path / "hf")
     tokens = torch.randint(0, 128, (2, 100))  # beyond the 64 positions it is made for
     with torch.no_grad():
@@ -144,16 +162,40 @@ def test_the_summed_loss_is_cross_entropys(model):
     )
 
 
+def their_tokens(theirs, prompt: list[int], n: int) -> list[int]:
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
+    return theirs.generate(torch.tensor([prompt]), max_new_tokens=n, **options)[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 def test_greedy_generation_is_transformers(tmp_path, options):
-    if options.get("rope_scaling", {}).get("rope_type") == "dynamic":
-        options = {}  # its cached keys keep the angles of the length at which they were made, in any implementation
-    theirs = hf_model(**options)
-    theirs.save_pretrained(tmp_path / "hf")
+    hf_model(**options).save_pretrained(tmp_path / "hf")
     ours, _ = load(tmp_path / "hf")
-    prompt = torch.randint(0, 128, (1, 5))
-    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert list(generate(ours, prompt[0].tolist(), 20)) == expected[0, 5:].tolist()
+    save(ours, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    prompt, n = torch.randint(0, 128, (5,)).tolist(), 90  # to the window's end, beyond the 64 it is made for
+    if (ours.config.rope_scaling or {}).get("rope_type") == "dynamic":
+        n = 50  # cached keys keep the angles of the length at which they were made, in any implementation
+    assert list(generate(ours, prompt, n)) == their_tokens(theirs, prompt, n)
+
+
+@needs_shared
+def test_stories260k_goes_on_as_in_transformers(tmp_path):
+    ours, tokenizer = load(SHARED / "stories260K" / "hf")
+    for layout in ("hf", "meta"):
+        write_checkpoint(open_checkpoint(SHARED / "stories260K" / layout), tmp_path / layout)
+        prompt = [1, *tokenizer.encode("Once upon a time")]
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
+        assert their_tokens(theirs, prompt, 200) == list(generate(ours, prompt, 200))
+
+
+def test_a_sequence_beyond_the_sliding_window_is_refused():
+    model = Llama(dataclasses.replace(PRESETS["test"], sliding_window=16))
+    model(torch.zeros(2, 16, dtype=torch.int64))
+    with pytest.raises(UserError, match="17 tokens are more than the model's sliding window of 16"):
+        model(torch.zeros(2, 17, dtype=torch.int64))
+    with pytest.raises(UserError, match="sliding window"):
+        list(generate(model, [1] * 10, 20))
 
 
 def test_drawing_follows_top_p_and_the_seed(model):
@@ -169,6 +211,92 @@ def test_patterns_are_recognised(n, m):
     groups.scatter_(1, torch.rand_like(groups).argsort(1)[:, n:], 0)
     assert sparsity_of(weight) == (pytest.approx(1 - n / m), f"{n}:{m}")
     assert sparsity_of(torch.randn(6, 48)) == (0.0, None)
+
+
+def test_a_directory_that_others_pruned_is_recognised(tmp_path):
+    theirs = hf_model(num_key_value_heads=2)
+    with torch.no_grad():
+        for name, w in theirs.named_parameters():
+            if name.endswith("_proj.weight"):  # 2:4 by magnitude, stored dense, as Wanda's and SparseGPT's codes do
+                w.view(-1, 4).scatter_(1, w.view(-1, 4).abs().argsort(1)[:, :2], 0)
+    theirs.save_pretrained(tmp_path / "hf")
+    about = describe(open_checkpoint(tmp_path / "hf"))
+    assert len(about["linears"]) == 7
+    assert all(line == {"sparsity": 0.5, "pattern": "2:4"} for line in about["linears"].values())
+
+
+OLD = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
+NEW = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("keys", (OLD, NEW), ids=("old", "new"))
+def test_old_and_new_config_keys_mean_the_same(model, tmp_path, keys):
+    save(model, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling", "torch_dtype", "head_dim"):
+        del config[key]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | keys | {"head_dim": None}))
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    expected = dataclasses.replace(model.config, rope_theta=5000.0, rope_scaling=scaling)
+    assert open_checkpoint(tmp_path / "hf").config == expected
+
+
+def test_the_least_that_an_old_config_says_is_enough(tmp_path):
+    save(Llama(LlamaConfig(64, 32, 64, 2, 4)), tmp_path / "hf")
+    keys = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({key: config[key] for key in keys}))
+    assert open_checkpoint(tmp_path / "hf").config == LlamaConfig(64, 32, 64, 2, 4)
+
+
+def test_a_mistral_that_does_not_name_its_window_has_transformers_default(directory):
+    edit(directory / "config.json", model_type="mistral")
+    assert open_checkpoint(directory).config.sliding_window == MistralConfig().sliding_window
+
+
+@pytest.mark.parametrize("stored", (False, True))
+def test_tied_embeddings_may_be_stored_once_or_twice(tmp_path, stored):
+    theirs = hf_model(tie_word_embeddings=True)
+    weights = {k: w.clone() for k, w in theirs.state_dict().items() if stored or k != "lm_head.weight"}
+    theirs.save_pretrained(tmp_path / "hf")
+    safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
+    ours, _ = load(tmp_path / "hf")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert same(ours.state_dict(), theirs.state_dict())
+
+
+BESIDE = {
+    "generation_config.json": b'{"temperature": 0.6}',
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
+    "chat_template.jinja": b"x",
+    "LICENSE.txt": b"free",
+    "USE_POLICY.md": b"be good",
+    "Notice": b"stays behind",
+    "README.md": b"stays behind",
+    "training_args.bin": b"stays behind",
+}
+
+
+@pytest.mark.parametrize("through", FORMATS)
+def test_what_lies_beside_the_weights_travels(directory, tmp_path, through):
+    edit(directory / "config.json", bos_token_id=5, eos_token_id=[6, 7], pad_token_id=0)
+    for name, data in BESIDE.items():
+        (directory / name).write_bytes(data)
+    write_checkpoint(open_checkpoint(write_as(open_checkpoint(directory), tmp_path / "a", through)), tmp_path / "b")
+    for name, data in BESIDE.items():
+        there = tmp_path / "b" / name
+        assert not there.exists() if b"behind" in data else there.read_bytes() == data
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    kept = (1, 2, None) if through == "meta" else (5, [6, 7], 0)  # it has no place for them
+    assert tuple(config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")) == kept
+
+
+def test_other_weights_beside_the_models_are_left_alone(directory, model):
+    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")  # as Mistral ships them
+    assert same(load(directory)[0].state_dict(), model.state_dict())
 
 
 def test_info_is_one_screen_and_json(random_checkpoint):
@@ -201,17 +329,6 @@ def read_safetensors(path):
 
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) and a[name].dtype == b[name].dtype for name in a)
-
-
-FORMATS = ("pt", "hf", "sharded", "meta")
-
-
-def write_as(ckpt, path: Path, form: str) -> Path:
-    path = path.with_suffix(".pt") if form == "pt" else path
-    size = 30_000 if form == "sharded" else 10**9
-    write_checkpoint(ckpt, path, max_shard_size=size, layout="meta" if form == "meta" else "hf")
-    assert form != "sharded" or len(list(path.glob("*.safetensors"))) > 1
-    return path
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
