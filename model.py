@@ -227,13 +227,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.history = config, []
         self.activation_checkpointing = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                "norm": RMSNorm(config.hidden_size, config.norm_eps),
-            }
-        )
+        embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -245,11 +242,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: list[list] | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: list | None = None
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, hidden_size): lm_head turns those that matter into logits.
 
@@ -291,9 +284,8 @@ class Llama(nn.Module):
             return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
         pairs = zip(x.split(1024), targets.split(1024), strict=True)
-        return sum(
-            (checkpoint(loss, *pair, use_reentrant=False) for pair in pairs), x.new_zeros((), dtype=torch.float32)
-        )
+        losses = (checkpoint(loss, *pair, use_reentrant=False) for pair in pairs)
+        return sum(losses, x.new_zeros((), dtype=torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,8 +370,9 @@ class Checkpoint(Mapping):
     when it is asked for (memory-mapped where possible); `like`, their shapes and dtypes as meta tensors; `config`,
     `tokenizer` (bytes or None), `history`, and `files` (name -> bytes), the small files that travel with a model."""
 
-    def __init__(self, path, config: LlamaConfig, tensors: dict[str, Callable[[], Tensor]], like: dict[str, Tensor]):
-        self.path, self.config, self.tensors, self.like = path, config, tensors, like
+    def __init__(self, path, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
+        self.path, self.config = path, config
+        self.like, self.tensors = ({name: entry[i] for name, entry in tensors.items()} for i in (0, 1))
         self.tokenizer, self.history, self.files = None, [], {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -463,15 +456,13 @@ def checked_config(values: dict, source: str | Path) -> LlamaConfig:
             raise UserError(f"{source}: config: {name} is {str(values.get(name))[:80]!r}, expected {expected}")
 
     kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
-    number = lambda x, *types: type(x) in types and 0 < x < 2**28
+    number = lambda x, *types: type(x) in types and 0 < x < 2**28  # the largest matrix can still be counted
     for name, x in values.items():
         check(name, name in kinds, "no such key")
-        if kinds[name] is int:
-            check(name, number(x, int) or x == 0 and name in ("n_kv_heads", "head_dim"), "a whole number above 0")
-        elif kinds[name] is float:
-            check(name, number(x, int, float), "a number above 0")
-        elif kinds[name] is bool:
-            check(name, type(x) is bool, "true or false")
+        derived = name in ("n_kv_heads", "head_dim") and x == 0
+        check(name, kinds[name] is not int or number(x, int) or derived, "a whole number from 1 to 2**28")
+        check(name, kinds[name] is not float or number(x, int, float), "a number above 0")
+        check(name, kinds[name] is not bool or type(x) is bool, "true or false")
     window, scaling = values.get("sliding_window"), values.get("rope_scaling")
     check("sliding_window", window is None or number(window, int), "a whole number above 0, or null")
     if scaling is not None:
@@ -533,40 +524,32 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return state
 
 
-def torch_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor]]:
-    """A PyTorch file's tensors, each behind a function that maps it, and their shapes (meta tensors).
-
-    The file is mapped again at each access, so that pages read earlier do not stay in memory while a large model is
-    walked."""
-    like = {name: w.to("meta") for name, w in torch_state(path, key).items()}
-    return {name: functools.partial(lambda name: torch_state(path, key)[name], name) for name in like}, like
+def torch_tensors(path: Path, key: str | None = None) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """Of each tensor of a PyTorch file a meta tensor and a function that maps it. The file is mapped anew at each call,
+    so that pages read earlier do not stay in memory while a large model is walked."""
+    get = lambda name: torch_state(path, key)[name]
+    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
 
 
 def open_pt(path: Path) -> Checkpoint:
     data = torch_load(path)
     if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
         raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
-    about = {"tokenizer": None, "history": [], "files": {}} | data
+    data = {"tokenizer": None, "history": [], "files": {}} | data
     for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
-        if not isinstance(about[key], kind):
-            raise UserError(f"{path}: its {key} is a {type(about[key]).__name__}")
-    try:  # whether these can be written out again
-        json.dumps(about["history"])
-        dict(json.loads(about["files"].get("config.json", "{}")))
-        ok = all(isinstance(entry, dict) for entry in about["history"])
-    except (TypeError, ValueError, RecursionError):
-        ok = False
-    if not ok:
-        raise UserError(f"{path}: its history or config.json is damaged")
-    ckpt = Checkpoint(path, checked_config(data["config"], path), *torch_tensors(path, "model"))
-    for name, content in about["files"].items():
-        if (
-            not isinstance(content, bytes)
-            or "/" in str(name)
-            or not any(fnmatch.fnmatch(str(name), p) for p in TRAVELS)
-        ):
+        if not isinstance(data[key], kind):
+            raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
+    for name, content in data["files"].items():
+        known = any(fnmatch.fnmatch(str(name), pattern) for pattern in TRAVELS) and "/" not in str(name)
+        if not known or not isinstance(content, bytes):
             raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
-    ckpt.tokenizer, ckpt.history, ckpt.files = about["tokenizer"], about["history"], about["files"]
+    try:  # whether these can be written out again
+        json.dumps([dict(entry) for entry in data["history"]])
+        dict(json.loads(data["files"].get("config.json", "{}")))
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: its history or config.json is damaged") from None
+    ckpt = Checkpoint(path, checked_config(data["config"], path), torch_tensors(path, "model"))
+    ckpt.tokenizer, ckpt.history, ckpt.files = data["tokenizer"], data["history"], data["files"]
     return ckpt
 
 
@@ -586,7 +569,7 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if n > min(size - 8, 100 * 2**20):  # the format's own limit
+        if n > min(size - 8, 2**24):  # 100 times a 70B model's
             raise damaged(f"{size} bytes with a header of {n}")
         try:
             header = json.loads(f.read(n), object_pairs_hook=unique)
@@ -631,37 +614,24 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
 
 
 def open_hf(path: Path) -> Checkpoint:
-    tensors, like = {}, {}
-
-    def add(file: Path, more: dict[str, Callable[[], Tensor]], more_like: dict[str, Tensor]):
+    tensors, meta = {}, functools.partial(torch.empty, device="meta")
+    for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
+        more = torch_tensors(file) if file.suffix == ".bin" else {}
+        for name, entry in safetensors_index(file).items() if file.suffix == ".safetensors" else ():
+            more[name] = (meta(entry[1], dtype=entry[0]), functools.partial(map_tensor, file, *entry))
         if twice := sorted(tensors.keys() & more.keys()):
             raise UserError(f"{file}: {twice[0]} stands in another file too")
-        tensors.update(more)
-        like.update(more_like)
-
-    for file in sorted(path.glob("model*.safetensors")):
-        index = safetensors_index(file)
-        shapes = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (dtype, shape, *_) in index.items()}
-        add(file, {k: functools.partial(map_tensor, file, *entry) for k, entry in index.items()}, shapes)
-    if not tensors:
-        for file in sorted(path.glob("pytorch_model*.bin")):
-            add(file, *torch_tensors(file))
+        tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
     if not tensors:
         raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:  # computed, see `rope_frequencies`
-        del tensors[name], like[name]
-    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors, like), path)
+    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors), path)
 
 
 # LlamaConfig's names of what Hugging Face's config.json holds, and theirs
 HF_KEYS = {name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")}
+HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
 HF_KEYS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
-HF_KEYS |= {
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling"}
+HF_KEYS |= {"max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
 
 
 def hf_to_config(path: Path) -> LlamaConfig:
@@ -704,31 +674,28 @@ def open_meta(path: Path) -> Checkpoint:
             "n_layers": p["n_layers"],
             "n_heads": p["n_heads"],
             "n_kv_heads": p.get("n_kv_heads") or 0,
-            "max_seq_len": p.get("max_seq_len") or meta_seq_len(p["norm_eps"]),
+            "max_seq_len": p.get("max_seq_len") or META_SEQ_LEN.get(p["norm_eps"], 4096),
             "norm_eps": p["norm_eps"],
             "rope_theta": p.get("rope_theta", 10000.0),
         }
         config = checked_config(values, path / "params.json")
-        names = {meta_to_hf(name): name for name in parts[0] if name != "rope.freqs"}
-        like = {k: join_meta([part[name].to("meta") for part in parts], name, config) for k, name in names.items()}
+        get = lambda name: join_meta([torch_state(file)[name] for file in files], name, config)
+        tensors = {}
+        for name in [name for name in parts[0] if name != "rope.freqs"]:  # those are computed, see `rope_frequencies`
+            like = join_meta([part[name].to("meta") for part in parts], name, config)
+            tensors[meta_to_hf(name)] = (like, functools.partial(get, name))
     except (KeyError, IndexError) as e:
         raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
     except (RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
-    del parts
-    get = lambda name: join_meta([torch_state(file)[name] for file in files], name, config)
-    ckpt = Checkpoint(path, config, {k: functools.partial(get, name) for k, name in names.items()}, like)
-    ckpt = add_beside(ckpt, path)
+    ckpt = add_beside(Checkpoint(path, config, tensors), path)
     if not ckpt.tokenizer and (path.parent / "tokenizer.model").exists():  # one for all sizes, in Meta's download
         ckpt.tokenizer = (path.parent / "tokenizer.model").read_bytes()
     return ckpt
 
 
-def meta_seq_len(norm_eps: float) -> int:
-    """The training length, which params.json does not hold: LLaMA's 2,048, LLaMA-2's 4,096."""
-    return 2048 if norm_eps == 1e-6 else 4096
-
-
+# The training length, which params.json does not hold, by the norm_eps, which differs: LLaMA's and LLaMA-2's
+META_SEQ_LEN = {1e-6: 2048, 1e-5: 4096}
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -799,8 +766,8 @@ def save(model: Llama, path: str | Path, tokenizer: sentencepiece.SentencePieceP
     weights = {name: w.detach() for name, w in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
-    tensors = {name: functools.partial(w.to, "cpu") for name, w in weights.items()}
-    ckpt = Checkpoint(None, model.config, tensors, {name: w.to("meta") for name, w in weights.items()})
+    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
+    ckpt = Checkpoint(None, model.config, tensors)
     ckpt.tokenizer, ckpt.history = tokenizer.serialized_model_proto() if tokenizer else None, model.history
     write_checkpoint(ckpt, path)
 
@@ -876,17 +843,18 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tenso
 
 def meta_params(c: LlamaConfig, path: Path) -> dict:
     """Meta's params.json. What it cannot say is a UserError; a training length of neither LLaMA is a key of ours."""
-    for key, other in (("rope_scaling", c.rope_scaling), ("sliding_window", c.sliding_window)):
-        if other or c.head_dim * c.n_heads != c.hidden_size:
-            key = key if other else "head_dim"
-            raise UserError(f"--out {path}: Meta's layout has no room for the model's {key}; --layout hf has")
+    missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
+    missing["head_dim"] = c.head_dim * c.n_heads != c.hidden_size
+    for key in [key for key, there in missing.items() if there]:
+        raise UserError(f"--out {path}: Meta's layout has no room for the model's {key}; --layout hf has")
     params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
     params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
     width, params["multiple_of"] = 8 * c.hidden_size // 3, c.intermediate_size & -c.intermediate_size
     if -(-width // params["multiple_of"]) * params["multiple_of"] != c.intermediate_size:
         params["ffn_dim_multiplier"] = (c.intermediate_size + 0.5) / width
-    return params if c.max_seq_len == meta_seq_len(c.norm_eps) else params | {"max_seq_len": c.max_seq_len}
+    usual = c.max_seq_len == META_SEQ_LEN.get(c.norm_eps, 4096)
+    return params if usual else params | {"max_seq_len": c.max_seq_len}
 
 
 def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], params: dict) -> None:
@@ -901,9 +869,9 @@ def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], params: di
             w = w.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(w.shape)
         return w
 
-    names = {name: functools.partial(get, name) for name in sources}
-    like = {name: like[source] for name, source in sources.items()}
-    write_torch(path / "consolidated.00.pth", Checkpoint(None, c, names, like), like, lambda weights: weights)
+    tensors = {name: (like[source], functools.partial(get, name)) for name, source in sources.items()}
+    part = Checkpoint(None, c, tensors)
+    write_torch(path / "consolidated.00.pth", part, part.like, lambda weights: weights)
     (path / "params.json").write_text(json.dumps(params) + "\n")
     write_beside(path, ckpt)
 
@@ -925,14 +893,9 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dt
     dtype = dtype or ckpt.like["model.norm.weight"].dtype
     source = json.loads(ckpt.files.get("config.json", '{"bos_token_id": 1, "eos_token_id": 2}'))
     mistral = c.sliding_window is not None
-    config = {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "model_type": "mistral" if mistral else "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    config = {"architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]}
+    config |= {"model_type": "mistral" if mistral else "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     config |= {theirs: getattr(c, ours) for ours, theirs in HF_KEYS.items() if mistral or ours != "sliding_window"}
     config |= {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -997,11 +960,8 @@ def describe(ckpt: Checkpoint) -> dict:
     }
     dtype = str(ckpt.like["model.norm.weight"].dtype).removeprefix("torch.")
     about = {"family": family, "parameters": n_parameters, "bytes": size, "dtype": dtype, "linears": linears}
-    return about | {
-        "tokenizer": bool(ckpt.tokenizer),
-        "history": ckpt.history,
-        "config": dataclasses.asdict(ckpt.config),
-    }
+    about |= {"tokenizer": bool(ckpt.tokenizer), "history": ckpt.history}
+    return about | {"config": dataclasses.asdict(ckpt.config)}
 
 
 def print_description(about: dict) -> None:
@@ -1021,12 +981,7 @@ def main():
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
     add("--out", help="convert: a .pt file, or a new directory")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
-    add(
-        "--layout",
-        choices=("hf", "meta"),
-        default="hf",
-        help="of a directory --out: Hugging Face's (default) or Meta's",
-    )
+    add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's (default) or Meta's")
     add("--max_shard_size", default="5GB", help="of a directory's files, such as 500MB (default: 5GB)")
     add("--info", action="store_true", help="describe the checkpoint")
     add("--json", action="store_true", help="with --info: as JSON")
@@ -1044,6 +999,13 @@ def main():
         raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 500MB or 5GB")
     if args.layout == "meta" and (not args.out or args.out.endswith(".pt")):
         raise UserError("--layout meta: needs --out with the name of a new directory")
+    if args.json and not args.info:
+        raise UserError("--json: is for --info")
+    for flag, ok in (("max_new_tokens", "0 or more"), ("temperature", "0 or more"), ("top_p", "from 0 to 1")):
+        if not 0 <= getattr(args, flag) <= (1 if flag == "top_p" else math.inf):
+            raise UserError(f"--{flag} {getattr(args, flag)}: expected {ok}")
+    if args.out:
+        check_out(args.out)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ckpt = open_checkpoint(args.ckpt)
     if args.info:
@@ -1057,7 +1019,10 @@ def main():
         if tokenizer is None:
             raise UserError(f"--ckpt {args.ckpt}: has no tokenizer.model")
         torch.manual_seed(args.seed)
-        tokens = [tokenizer.bos_id(), *tokenizer.encode(args.prompt)]
+        tokens = [id for id in (tokenizer.bos_id(), *tokenizer.encode(args.prompt)) if id >= 0]  # -1: it has no BOS
+        if not tokens:
+            raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
+        model.config.check_length(len(tokens) + args.max_new_tokens, "--prompt and --max_new_tokens")
         settings = (args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id())
         print(tokenizer.decode(tokens + list(generate(model, tokens, *settings))))
 
