@@ -29,6 +29,7 @@ from model import (
     cli,
     describe,
     generate,
+    hf_to_meta,
     load,
     load_tokenizer,
     main,
@@ -433,6 +434,62 @@ def test_a_streamed_pt_is_what_torch_save_writes(model, tmp_path):
     for mmap in (False, True):
         data = torch.load(tmp_path / "model.pt", mmap=mmap, weights_only=True)
         assert same(data["model"], model.state_dict()) and data["config"] == dataclasses.asdict(model.config)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from model import open_checkpoint, write_checkpoint
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(key))
+
+folder = Path(sys.argv[1])
+open_checkpoint(folder / "hf")  # imports what torch imports late
+for way in ("hf hf2 hf", "hf a.pt hf", "a.pt hf3 hf", "hf meta1 meta", "meta hf4 hf"):
+    source, out, layout = way.split()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = status("VmRSS")
+    write_checkpoint(open_checkpoint(folder / source), folder / out, None, 40 * 10**6, layout)
+    print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are measured as Linux has them")
+def test_conversion_needs_less_memory_than_two_shards(tmp_path):
+    """340 MB in shards of 40; the peak of the resident size (VmHWM, which counts mapped pages) above its start."""
+    config = LlamaConfig(2000, 1024, 4096, 10, 8, max_seq_len=4096, norm_eps=1e-5)
+    with torch.device("meta"):
+        names = Llama(config).state_dict()
+    header, at = {}, 0
+    for name, w in names.items():
+        header[name] = {"dtype": "BF16", "shape": list(w.shape), "data_offsets": [at, at := at + 2 * w.numel()]}
+    text = json.dumps(header).encode()
+    save(Llama(dataclasses.replace(config, n_layers=1, vocab_size=1)), tmp_path / "hf")  # for its config.json
+    edit(tmp_path / "hf" / "config.json", num_hidden_layers=10, vocab_size=2000)
+    with open(tmp_path / "hf" / "model.safetensors", "wb") as f:  # mostly holes, with random bytes in every tensor
+        f.write(struct.pack("<Q", len(text)) + text)
+        for entry in header.values():
+            f.seek(8 + len(text) + entry["data_offsets"][0])
+            f.write(random.Random(0).randbytes(2000))
+        f.truncate(8 + len(text) + at)
+    (tmp_path / "meta").mkdir()  # in 4 parts
+    params = {"dim": 1024, "n_layers": 10, "n_heads": 8, "norm_eps": 1e-5}
+    (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
+    ckpt = open_checkpoint(tmp_path / "hf")
+    for i in range(4):
+        part = {}
+        for name, w in ckpt.items():
+            dim = 1 if any(x in name for x in ("o_proj", "down_proj", "embed_tokens")) else 0
+            part[hf_to_meta(name)] = (w if w.dim() == 1 else w.chunk(4, dim)[i]).clone()
+        torch.save(part, tmp_path / "meta" / f"consolidated.{i:02}.pth")
+    line = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    peaks = [float(peak) for peak in result.stdout.split()]
+    assert len(peaks) == 5 and max(peaks) < 2 * 40, (peaks, result.stderr)
+    bits = lambda name: {key: w.view(torch.int16) for key, w in open_checkpoint(tmp_path / name).items()}
+    assert same(bits("hf3"), bits("hf")) and same(bits("meta1"), bits("hf")) and same(bits("hf4"), bits("hf"))
 
 
 def test_files_are_exchanged_with_the_safetensors_library(model, tmp_path):
