@@ -90,23 +90,16 @@ class LlamaConfig:
             raise UserError(f"{what}: {n} tokens are more than the model's sliding window of {self.sliding_window}")
 
 
+LLAMA2 = {"max_seq_len": 4096, "norm_eps": 1e-5}
 PRESETS = {
     "llama-7b": LlamaConfig(),
     "llama-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40),
     "llama-30b": LlamaConfig(hidden_size=6656, intermediate_size=17920, n_layers=60, n_heads=52),
     "llama-65b": LlamaConfig(hidden_size=8192, intermediate_size=22016, n_layers=80, n_heads=64),
-    "llama-2-7b": LlamaConfig(max_seq_len=4096, norm_eps=1e-5),
-    "llama-2-13b": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40, max_seq_len=4096, norm_eps=1e-5
-    ),
+    "llama-2-7b": LlamaConfig(**LLAMA2),
+    "llama-2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40, **LLAMA2),
     "llama-2-70b": LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        n_layers=80,
-        n_heads=64,
-        n_kv_heads=8,
-        max_seq_len=4096,
-        norm_eps=1e-5,
+        hidden_size=8192, intermediate_size=28672, n_layers=80, n_heads=64, n_kv_heads=8, **LLAMA2
     ),
     # what `make demo` pretrains in two minutes, and what the tests use
     "demo": LlamaConfig(
@@ -477,8 +470,7 @@ def checked_config(values: dict, source: str | Path) -> LlamaConfig:
     return config
 
 
-# What travels with a model from one directory to another, besides tokenizer.model and history.json. Of config.json the
-# ids of special tokens are kept.
+# What travels with a model, besides tokenizer.model and history.json. Of config.json the special tokens' ids are kept.
 TRAVELS = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
 TRAVELS += ("chat_template*", "LICEN[SC]E*", "USE_POLICY*", "NOTICE*")
 
@@ -689,8 +681,8 @@ def open_meta(path: Path) -> Checkpoint:
     except (RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
     ckpt = add_beside(Checkpoint(path, config, tensors), path)
-    if not ckpt.tokenizer and (path.parent / "tokenizer.model").exists():  # one for all sizes, in Meta's download
-        ckpt.tokenizer = (path.parent / "tokenizer.model").read_bytes()
+    if not ckpt.tokenizer and (above := path.parent / "tokenizer.model").exists():  # Meta's download has it there
+        ckpt.tokenizer = above.read_bytes()
     return ckpt
 
 

@@ -42,6 +42,8 @@ from model import (
     sparsity_of,
     write_checkpoint,
 )
+from prune import Settings, prune_checkpoint
+from spp import merge_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -303,6 +305,25 @@ def test_what_lies_beside_the_weights_travels(directory, tmp_path, through):
     assert tuple(config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")) == kept
 
 
+def test_pruning_and_merging_keep_what_lies_beside(directory, tmp_path):
+    edit(directory / "config.json", eos_token_id=[6, 7])
+    (directory / "LICENSE").write_bytes(b"free")
+    ckpt, settings, tokens = (
+        open_checkpoint(directory),
+        Settings("magnitude", (2, 4)),
+        torch.zeros(1, 8, dtype=torch.long),
+    )
+    prune_checkpoint(ckpt, tokens, settings, tmp_path / "pruned", {"method": "magnitude"}, "cpu", torch.float32)
+    pruned = open_checkpoint(tmp_path / "pruned")
+    adapter = {"adapter": {}, "method": "spp", "r": 4, "scale": 2.0, "base": pruned.fingerprint()}
+    torch.save(adapter, tmp_path / "adapter.pt")
+    write_checkpoint(merge_checkpoint(pruned, tmp_path / "adapter.pt"), tmp_path / "merged")
+    for name in ("pruned", "merged"):
+        assert (tmp_path / name / "LICENSE").read_bytes() == b"free"
+        assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == [6, 7]
+    assert [entry["method"] for entry in open_checkpoint(tmp_path / "merged").history] == ["magnitude", "spp"]
+
+
 def test_other_weights_beside_the_models_are_left_alone(directory, model):
     shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")  # as Mistral ships them
     assert same(load(directory)[0].state_dict(), model.state_dict())
@@ -315,9 +336,20 @@ def test_info_is_one_screen_and_json(random_checkpoint):
     assert about["linears"]["q_proj"] == {"sparsity": 0.0, "pattern": None} and about["parameters"] > 0
 
 
-def test_the_command_talks(random_checkpoint):
-    result = command("--ckpt", random_checkpoint, "--prompt", "bada", "--max_new_tokens", 5)
-    assert result.returncode == 0 and result.stdout.startswith("bada")
+def test_the_command_talks(random_checkpoint, monkeypatch, capsys):
+    def says(*flags):
+        line = ["model.py", "--ckpt", random_checkpoint, "--prompt", "bada", "--max_new_tokens", 9, *flags]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in line])
+        main()
+        return capsys.readouterr().out
+
+    greedy, hot = says(), ("--temperature", 2, "--seed", 1)
+    assert greedy.startswith("bada") and len(says("--max_new_tokens", 20)) > len(greedy) > len(
+        says("--max_new_tokens", 0)
+    )
+    assert says(*hot) == says(*hot) != says("--temperature", 2, "--seed", 2)
+    assert says(*hot, "--top_p", 0) == greedy != says(*hot)
+    assert says("--dtype", "bfloat16").startswith("bada")
 
 
 def test_conversion_changes_the_dtype_and_splits(random_checkpoint, tmp_path):
@@ -681,6 +713,14 @@ def test_a_wrong_pt_is_named(random_checkpoint, tmp_path, change, words):
     with pytest.raises(UserError, match=words) as e:
         open_checkpoint(tmp_path / "wrong.pt")
     assert str(tmp_path / "wrong.pt") in str(e.value)
+
+
+def test_a_pt_that_says_no_more_than_it_must_loads(model, tmp_path):
+    config = dataclasses.asdict(model.config)
+    del config["sliding_window"]  # which older files do not have
+    torch.save({"config": config, "model": model.state_dict()}, tmp_path / "old.pt")
+    again, tokenizer = load(tmp_path / "old.pt")
+    assert same(again.state_dict(), model.state_dict()) and again.history == [] and tokenizer is None
 
 
 def test_another_dtype_is_named(random_checkpoint, tmp_path):
