@@ -823,8 +823,11 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tenso
     zip's checksums of the weights stay empty; torch.load does not look at them.
     """
     blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
-    with skip_data():
-        torch.save(wrap(blank), path)
+    try:
+        with skip_data():
+            torch.save(wrap(blank), path)
+    except RuntimeError as e:  # torch's word for a full disk
+        raise OSError(str(e).splitlines()[0]) from None
     saved = torch.load(path, map_location="meta", weights_only=True)
     saved = saved.get("model", saved)
     with open(path, "r+b") as f:
