@@ -4,7 +4,7 @@ The network that SPP prunes and fine-tunes: RMSNorm, rotary positions, SwiGLU, g
 et al. 2023a, b). The classes come first and read top to bottom; below them, one function for each checkpoint layout:
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
-    python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory
+    python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory; --layout meta: Meta's
     python model.py --ckpt SRC --prompt "Once upon"   # what it says
     python model.py --ckpt SRC --info                 # what it is: sizes, sparsity, pattern, history
 
@@ -16,7 +16,9 @@ a time; it is written to a temporary name, flushed, then renamed, so that a kill
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -27,6 +29,8 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -34,6 +38,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.serialization import skip_data
 from torch.utils.checkpoint import checkpoint
 
 
@@ -47,7 +52,7 @@ def cli(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
             time.sleep(5)
         sys.exit(2)
@@ -73,29 +78,28 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "dynamic" | "llama3", "factor": ..., ...}
     tie_embeddings: bool = False  # lm_head shares the matrix of embed_tokens
+    sliding_window: int | None = None  # Mistral's: tokens that attention looks back; longer sequences are refused
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.hidden_size // self.n_heads
 
+    def check_length(self, n: int, what: str = "a sequence") -> None:
+        """Refuses n tokens, more than the sliding window, within which alone Mistral's attention is LLaMA's."""
+        if self.sliding_window and n > self.sliding_window:
+            raise UserError(f"{what}: {n} tokens are more than the model's sliding window of {self.sliding_window}")
 
+
+LLAMA2 = {"max_seq_len": 4096, "norm_eps": 1e-5}
 PRESETS = {
     "llama-7b": LlamaConfig(),
     "llama-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40),
     "llama-30b": LlamaConfig(hidden_size=6656, intermediate_size=17920, n_layers=60, n_heads=52),
     "llama-65b": LlamaConfig(hidden_size=8192, intermediate_size=22016, n_layers=80, n_heads=64),
-    "llama-2-7b": LlamaConfig(max_seq_len=4096, norm_eps=1e-5),
-    "llama-2-13b": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40, max_seq_len=4096, norm_eps=1e-5
-    ),
+    "llama-2-7b": LlamaConfig(**LLAMA2),
+    "llama-2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40, **LLAMA2),
     "llama-2-70b": LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        n_layers=80,
-        n_heads=64,
-        n_kv_heads=8,
-        max_seq_len=4096,
-        norm_eps=1e-5,
+        hidden_size=8192, intermediate_size=28672, n_layers=80, n_heads=64, n_kv_heads=8, **LLAMA2
     ),
     # what `make demo` pretrains in two minutes, and what the tests use
     "demo": LlamaConfig(
@@ -143,7 +147,9 @@ def rope_frequencies(config: LlamaConfig, seq_len: int, device) -> Tensor:
 
 def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T)."""
-    seq_len = int(positions.max()) + 1 if (config.rope_scaling or {}).get("rope_type") == "dynamic" else 0
+    dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
+    seq_len = int(positions.max()) + 1 if dynamic or config.sliding_window else 0
+    config.check_length(seq_len)
     angles = positions[..., None].float() * rope_frequencies(config, seq_len, positions.device)
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -170,10 +176,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, T, head_dim)
         if cache is not None:
             if cache:
-                k, v = (
-                    torch.cat([cache[0].expand(B, -1, -1, -1), k], 2),
-                    torch.cat([cache[1].expand(B, -1, -1, -1), v], 2),
-                )
+                k, v = (torch.cat([old.expand(B, -1, -1, -1), new], 2) for old, new in zip(cache, (k, v), strict=True))
             cache[:] = [k, v]
         # A group of query heads shares one key-value head (enable_gqa). Without a mask attention is causal.
         gqa = q.shape[1] != k.shape[1]
@@ -217,13 +220,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.history = config, []
         self.activation_checkpointing = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                "norm": RMSNorm(config.hidden_size, config.norm_eps),
-            }
-        )
+        embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -235,11 +235,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: list[list] | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: list | None = None
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, hidden_size): lm_head turns those that matter into logits.
 
@@ -283,9 +279,8 @@ class Llama(nn.Module):
             return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
         pairs = zip(x.split(1024), targets.split(1024), strict=True)
-        return sum(
-            (checkpoint(loss, *pair, use_reentrant=False) for pair in pairs), x.new_zeros((), dtype=torch.float32)
-        )
+        losses = (checkpoint(loss, *pair, use_reentrant=False) for pair in pairs)
+        return sum(losses, x.new_zeros((), dtype=torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,14 +325,17 @@ def check_out(path: str | Path) -> Path:
     return path
 
 
-def read_json(path: str | Path):
-    """Parses a JSON file; a missing or malformed one is a UserError that names it."""
+def read_json(path: str | Path, kind: type = object):
+    """Parses a JSON file that holds a `kind` (dict, list); a missing or malformed one is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: is not JSON: {e}") from None
+    if not isinstance(data, kind):
+        raise UserError(f"{path}: is a JSON {type(data).__name__}, expected a {kind.__name__}")
+    return data
 
 
 def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePieceProcessor:
@@ -363,13 +361,14 @@ def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePiecePro
 
 
 class Checkpoint(Mapping):
-    """What a checkpoint holds, before any weight is read: `config`, `tokenizer` (bytes or None), `history`, and a
-    mapping from Hugging Face's names to tensors, each made when it is asked for (memory-mapped where possible)."""
+    """What a checkpoint holds, before any weight is read: a mapping from Hugging Face's names to tensors, each made
+    when it is asked for (memory-mapped where possible); `like`, their shapes and dtypes as meta tensors; `config`,
+    `tokenizer` (bytes or None), `history`, and `files` (name -> bytes), the small files that travel with a model."""
 
-    def __init__(self, path, config: LlamaConfig, tensors: dict[str, Callable[[], Tensor]], tokenizer=None, history=()):
-        self.path, self.config, self.tensors = path, config, tensors
-        self.tokenizer, self.history = tokenizer, list(history)
-        self.shapes = {}  # what is known of them without reading a tensor
+    def __init__(self, path, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
+        self.path, self.config = path, config
+        self.like, self.tensors = ({name: entry[i] for name, entry in tensors.items()} for i in (0, 1))
+        self.tokenizer, self.history, self.files = None, [], {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]()
@@ -379,6 +378,12 @@ class Checkpoint(Mapping):
 
     def __len__(self):
         return len(self.tensors)
+
+    def changed(self, tensors: dict[str, Callable[[], Tensor]], entry: dict) -> "Checkpoint":
+        """A copy with other tensors of the same shapes and dtypes in place of some, and one more line of history."""
+        new = copy.copy(self)
+        new.tensors, new.history = self.tensors | tensors, [*self.history, entry]
+        return new
 
     def block(self, i: int) -> dict[str, Tensor]:
         """The tensors of layer i, under `Block`'s own names."""
@@ -400,33 +405,33 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    if path.is_file():
-        ckpt = open_pt(path)
-    elif (path / "config.json").exists():
-        ckpt = open_hf(path)
-    elif (path / "params.json").exists():
-        ckpt = open_meta(path)
-    else:
-        raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
-    for field in dataclasses.fields(LlamaConfig):
-        value = getattr(ckpt.config, field.name)
-        if field.type is int and not (type(value) is int and 0 < value < 2**31):
-            raise UserError(f"{path}: config: {field.name} is {value!r}, expected a whole number above 0")
+    try:
+        if path.is_file():
+            ckpt = open_pt(path)
+        elif (path / "config.json").exists():
+            ckpt = open_hf(path)
+        elif (path / "params.json").exists():
+            ckpt = open_meta(path)
+        else:
+            raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
+    except OSError as e:
+        raise UserError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
     if ckpt.config.n_layers > len(ckpt):
         raise UserError(f"{path}: config: {ckpt.config.n_layers} layers, but only {len(ckpt)} tensors")
     with torch.device("meta"):
-        model = Llama(ckpt.config)
-    want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+        want = Llama(ckpt.config).state_dict()
     if ckpt.config.tie_embeddings:
-        del want["lm_head.weight"]
-        ckpt.tensors.pop("lm_head.weight", None)
+        for names in (want, ckpt.tensors, ckpt.like):
+            names.pop("lm_head.weight", None)
     missing, unknown = sorted(want.keys() - ckpt.keys()), sorted(ckpt.keys() - want.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
         raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
-    for name, shape in want.items():
-        if ckpt.shapes.get(name, shape) != shape:
-            raise UserError(f"{path}: {name} has shape {ckpt.shapes[name]}, its config says {shape}")
+    for name, w in ckpt.like.items():
+        if w.shape != want[name].shape:
+            raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*want[name].shape]}")
+        if w.dtype not in SAFETENSORS_DTYPES.values():
+            raise UserError(f"{path}: {name} is {w.dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
     if ckpt.tokenizer:
         size = load_tokenizer(ckpt.tokenizer).vocab_size()
         if size > ckpt.config.vocab_size:
@@ -434,39 +439,112 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return ckpt
 
 
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3}  # what each kind of scaling needs
+
+
+def checked_config(values: dict, source: str | Path) -> LlamaConfig:
+    """A LlamaConfig from a file's values, every one of them checked; errors name the file and the value."""
+
+    def check(name, ok, expected):
+        if not ok:
+            raise UserError(f"{source}: config: {name} is {str(values.get(name))[:80]!r}, expected {expected}")
+
+    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
+    number = lambda x, *types: type(x) in types and 0 < x < 2**28  # the largest matrix can still be counted
+    for name, x in values.items():
+        check(name, name in kinds, "no such key")
+        derived = name in ("n_kv_heads", "head_dim") and x == 0
+        check(name, kinds[name] is not int or number(x, int) or derived, "a whole number from 1 to 2**28")
+        check(name, kinds[name] is not float or number(x, int, float), "a number above 0")
+        check(name, kinds[name] is not bool or type(x) is bool, "true or false")
+    window, scaling = values.get("sliding_window"), values.get("rope_scaling")
+    check("sliding_window", window is None or number(window, int), "a whole number above 0, or null")
+    if scaling is not None:
+        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
+        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+        check("rope_scaling", all(number(scaling.get(k), int, float) for k in needed), f"{', '.join(needed)} above 0")
+        values = values | {"rope_scaling": {k: scaling[k] for k in ("rope_type", *needed)}}
+    config = LlamaConfig(**values)
+    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
+    check("n_heads", config.n_heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
+    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of {config.n_heads}, the query heads")
+    return config
+
+
+# What travels with a model, besides tokenizer.model and history.json. Of config.json the special tokens' ids are kept.
+TRAVELS = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
+TRAVELS += ("chat_template*", "LICEN[SC]E*", "USE_POLICY*", "NOTICE*")
+
+
+def add_beside(ckpt: Checkpoint, path: Path) -> Checkpoint:
+    """Gives the checkpoint what else its directory holds."""
+    ckpt.files = {f.name: f.read_bytes() for pattern in TRAVELS for f in sorted(path.glob(pattern)) if f.is_file()}
+    ckpt.history = read_json(path / "history.json", list) if (path / "history.json").exists() else []
+    if (path / "tokenizer.model").exists():
+        ckpt.tokenizer = (path / "tokenizer.model").read_bytes()
+    return ckpt
+
+
 def torch_load(path: Path):
     """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
+            # torch.save never writes two things that can swell without end: compressed entries and sized bytearrays.
+            if any(entry.compress_type for entry in z.infolist()):
+                raise ValueError("it is compressed")
+            if any(b"\nbytearray\n" in z.read(name) for name in z.namelist() if name.endswith("data.pkl")):
+                raise ValueError("it holds a bytearray")
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # zip, pickle and torch raise a dozen kinds for a damaged file
-        raise UserError(
-            f"{path}: is truncated, damaged or not a PyTorch file ({str(e).splitlines()[0][:120]})"
-        ) from None
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: is truncated, damaged or not a PyTorch file ({why})") from None
+
+
+def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict that is in a PyTorch file, alone or under `key`: memory-mapped, and checked to hold tensors."""
+    state = torch_load(path)
+    state = state[key] if key else state
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    for name, w in state.items():
+        if not isinstance(name, str) or not isinstance(w, Tensor) or w.layout != torch.strided or w.is_meta:
+            raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
+        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
+            raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
+    return state
+
+
+def torch_tensors(path: Path, key: str | None = None) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """Of each tensor of a PyTorch file a meta tensor and a function that maps it. The file is mapped anew at each call,
+    so that pages read earlier do not stay in memory while a large model is walked."""
+    get = lambda name: torch_state(path, key)[name]
+    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
 
 
 def open_pt(path: Path) -> Checkpoint:
     data = torch_load(path)
     if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
         raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
-    try:
-        config = LlamaConfig(**data["config"])
-    except TypeError as e:
-        raise UserError(f"{path}: its config is not a LLaMA's: {e}") from None
-    shapes = tensor_shapes(data["model"], path)
-    # Mapped again at each access, so that pages read earlier do not stay resident while a large model is walked.
-    tensors = {name: functools.partial(lambda name: torch_load(path)["model"][name], name) for name in shapes}
-    ckpt = Checkpoint(path, config, tensors, data.get("tokenizer"), data.get("history", ()))
-    ckpt.shapes = shapes
+    data = {"tokenizer": None, "history": [], "files": {}} | data
+    for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
+        if not isinstance(data[key], kind):
+            raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
+    for name, content in data["files"].items():
+        known = any(fnmatch.fnmatch(str(name), pattern) for pattern in TRAVELS) and "/" not in str(name)
+        if not known or not isinstance(content, bytes):
+            raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
+    try:  # whether these can be written out again
+        json.dumps([dict(entry) for entry in data["history"]])
+        dict(json.loads(data["files"].get("config.json", "{}")))
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: its history or config.json is damaged") from None
+    ckpt = Checkpoint(path, checked_config(data["config"], path), torch_tensors(path, "model"))
+    ckpt.tokenizer, ckpt.history, ckpt.files = data["tokenizer"], data["history"], data["files"]
     return ckpt
-
-
-def tensor_shapes(state, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state dict, checked to be one."""
-    if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
-        raise UserError(f"{path}: its state dict holds what is no tensor")
-    return {str(name): tuple(w.shape) for name, w in state.items()}
 
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -485,7 +563,7 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if n > min(size - 8, 100 * 2**20):  # the format's own limit
+        if n > min(size - 8, 2**24):  # 100 times a 70B model's
             raise damaged(f"{size} bytes with a header of {n}")
         try:
             header = json.loads(f.read(n), object_pairs_hook=unique)
@@ -503,7 +581,7 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
                 dtype = SAFETENSORS_DTYPES[dtype]
             case _:
                 raise damaged(f"{name} has no dtype, shape and data_offsets")
-        if not all(type(d) is int and d >= 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
+        if not all(type(d) is int and d > 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
             raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
         index[name] = (dtype, shape, start + a, start + b)
     at = start
@@ -530,87 +608,88 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
 
 
 def open_hf(path: Path) -> Checkpoint:
-    tensors, shapes = {}, {}
-    for file in sorted(path.glob("*.safetensors")):
-        for name, entry in safetensors_index(file).items():
-            tensors[name], shapes[name] = functools.partial(map_tensor, file, *entry), tuple(entry[1])
+    tensors, meta = {}, functools.partial(torch.empty, device="meta")
+    for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
+        more = torch_tensors(file) if file.suffix == ".bin" else {}
+        for name, entry in safetensors_index(file).items() if file.suffix == ".safetensors" else ():
+            more[name] = (meta(entry[1], dtype=entry[0]), functools.partial(map_tensor, file, *entry))
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise UserError(f"{file}: {twice[0]} stands in another file too")
+        tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
     if not tensors:
-        for file in sorted(path.glob("pytorch_model*.bin")):
-            for name, shape in tensor_shapes(torch_load(file), file).items():
-                tensors[name] = functools.partial(lambda file, name: torch_load(file)[name], file, name)
-                shapes[name] = shape
-    if not tensors:
-        raise UserError(f"{path}: holds config.json but neither *.safetensors nor pytorch_model*.bin")
-    tensors = {name: get for name, get in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    config = hf_to_config(read_json(path / "config.json"), path)
-    tokenizer, history = path / "tokenizer.model", path / "history.json"
-    ckpt = Checkpoint(path, config, tensors, history=read_json(history) if history.exists() else ())
-    ckpt.tokenizer, ckpt.shapes = tokenizer.read_bytes() if tokenizer.exists() else None, shapes
-    return ckpt
+        raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
+    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors), path)
 
 
-def hf_to_config(c: dict, path: Path) -> LlamaConfig:
+# LlamaConfig's names of what Hugging Face's config.json holds, and theirs
+HF_KEYS = {name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")}
+HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
+HF_KEYS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+HF_KEYS |= {"max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+
+
+def hf_to_config(path: Path) -> LlamaConfig:
     """Hugging Face's config.json, of any age, as a LlamaConfig."""
+    c = read_json(path, dict)
     if c.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"{path}/config.json: model_type is {c.get('model_type')!r}, not a LLaMA's")
+        raise UserError(f"{path}: model_type is {c.get('model_type')!r}, not a LLaMA's")
     for key in ("attention_bias", "mlp_bias"):
         if c.get(key):
-            raise UserError(f"{path}/config.json: {key} is true; LLaMA's linears have no bias")
-    # transformers 5 keeps theta and the scaling in one dict
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000.0
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if rope["rope_type"] not in ("default", "linear", "dynamic", "llama3"):
-        raise UserError(f"{path}/config.json: rope_scaling of type {rope['rope_type']!r} is not LLaMA's")
-    try:
-        return LlamaConfig(
-            vocab_size=c["vocab_size"],
-            hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"],
-            n_layers=c["num_hidden_layers"],
-            n_heads=c["num_attention_heads"],
-            n_kv_heads=c.get("num_key_value_heads") or 0,
-            head_dim=c.get("head_dim") or 0,
-            max_seq_len=c.get("max_position_embeddings") or 2048,
-            norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=None if rope["rope_type"] == "default" else rope,
-            tie_embeddings=c.get("tie_word_embeddings", False),
-        )
-    except KeyError as e:
-        raise UserError(f"{path}/config.json: has no {e}") from None
-    except TypeError as e:
-        raise UserError(f"{path}/config.json: a size is not a number ({e})") from None
+            raise UserError(f"{path}: {key} is true; LLaMA's linears have no bias")
+    window = c.get("sliding_window", 4096) if c["model_type"] == "mistral" else None  # absent: transformers has 4,096
+    defaults = {"num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    defaults |= {"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
+    c = defaults | {key: value for key, value in c.items() if value is not None} | {"sliding_window": window}
+    rope = c.get("rope_parameters", c["rope_scaling"])
+    if isinstance(rope, dict):  # transformers 5 keeps theta and scaling in one dict; an older name is "type"
+        rope = {"rope_type": rope.get("type", "default"), "rope_theta": c["rope_theta"]} | rope
+        c["rope_theta"] = rope.pop("rope_theta")
+        rope.pop("type", None)
+        rope = rope if rope["rope_type"] != "default" else None
+    c["rope_scaling"] = rope
+    if missing := [key for key in HF_KEYS.values() if key not in c]:
+        raise UserError(f"{path}: has no {missing[0]}")
+    return checked_config({ours: c[theirs] for ours, theirs in HF_KEYS.items()}, path)
 
 
 def open_meta(path: Path) -> Checkpoint:
     """Meta's layout: params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
-    p, files = read_json(path / "params.json"), sorted(path.glob("consolidated.*.pth"))
+    p, files = read_json(path / "params.json", dict), sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
-    parts = [torch_load(file) for file in files]
-    tokenizer = next(
-        (f.read_bytes() for f in (path / "tokenizer.model", path.parent / "tokenizer.model") if f.exists()), None
-    )
+    if p.get("use_scaled_rope"):  # its factor stands nowhere, and differs between LLaMA 3.1 and 3.2
+        raise UserError(f"{path}/params.json: use_scaled_rope is true; take the model's Hugging Face directory")
+    parts = [torch_state(file) for file in files]
     try:
-        config = LlamaConfig(
-            vocab_size=len(parts[0]["output.weight"]) * len(parts),
-            hidden_size=p["dim"],
-            intermediate_size=len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
-            n_layers=p["n_layers"],
-            n_heads=p["n_heads"],
-            n_kv_heads=p.get("n_kv_heads") or 0,
-            max_seq_len=p.get("max_seq_len") or (2048 if p["norm_eps"] == 1e-6 else 4096),  # LLaMA, LLaMA-2
-            norm_eps=p["norm_eps"],
-            rope_theta=p.get("rope_theta", 10000.0),
-        )
-    except KeyError as e:
-        raise UserError(f"{path}: params.json or consolidated.00.pth has no {e}") from None
-    names = {meta_to_hf(name): name for name in parts[0] if name != "rope.freqs"}
-    tensors = {hf: functools.partial(join_meta, files, name, config) for hf, name in names.items()}
-    return Checkpoint(path, config, tensors, tokenizer)
+        values = {
+            "vocab_size": len(parts[0]["output.weight"]) * len(parts),
+            "hidden_size": p["dim"],
+            "intermediate_size": len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
+            "n_layers": p["n_layers"],
+            "n_heads": p["n_heads"],
+            "n_kv_heads": p.get("n_kv_heads") or 0,
+            "max_seq_len": p.get("max_seq_len") or META_SEQ_LEN.get(p["norm_eps"], 4096),
+            "norm_eps": p["norm_eps"],
+            "rope_theta": p.get("rope_theta", 10000.0),
+        }
+        config = checked_config(values, path / "params.json")
+        get = lambda name: join_meta([torch_state(file)[name] for file in files], name, config)
+        tensors = {}
+        for name in [name for name in parts[0] if name != "rope.freqs"]:  # those are computed, see `rope_frequencies`
+            like = join_meta([part[name].to("meta") for part in parts], name, config)
+            tensors[meta_to_hf(name)] = (like, functools.partial(get, name))
+    except (KeyError, IndexError) as e:
+        raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
+    except (RuntimeError, TypeError) as e:
+        raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
+    ckpt = add_beside(Checkpoint(path, config, tensors), path)
+    if not ckpt.tokenizer and (above := path.parent / "tokenizer.model").exists():  # Meta's download has it there
+        ckpt.tokenizer = above.read_bytes()
+    return ckpt
 
 
+# The training length, which params.json does not hold, by the norm_eps, which differs: LLaMA's and LLaMA-2's
+META_SEQ_LEN = {1e-6: 2048, 1e-5: 4096}
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -636,9 +715,17 @@ def meta_to_hf(name: str) -> str:
     return f"{META_NAMES.get(stem, stem)}.weight"
 
 
-def join_meta(files: list[Path], name: str, config: LlamaConfig) -> Tensor:
+def hf_to_meta(name: str) -> str:
+    """The inverse of `meta_to_hf`."""
+    stems, stem = {hf: meta for meta, hf in META_NAMES.items()}, name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, i, stem = stem.split(".", 3)
+        return f"layers.{i}.{stems[stem]}.weight"
+    return f"{stems[stem]}.weight"
+
+
+def join_meta(parts: list[Tensor], name: str, config: LlamaConfig) -> Tensor:
     """One whole matrix from its model-parallel slices, rows reordered where Meta rotates neighbouring pairs."""
-    parts = [torch_load(file)[name] for file in files]
     if parts[0].dim() == 1 or len(parts) == 1:  # norms are replicated
         w = parts[0]
     else:  # wo and w2 are cut along their input; embeddings too, but by rows since LLaMA-3
@@ -670,43 +757,56 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
 
 def save(model: Llama, path: str | Path, tokenizer: sentencepiece.SentencePieceProcessor | None = None) -> None:
     """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
-    weights = {name: functools.partial(lambda w: w, w.detach().cpu()) for name, w in model.state_dict().items()}
+    weights = {name: w.detach() for name, w in model.state_dict().items()}
     if model.config.tie_embeddings:
-        weights.pop("lm_head.weight")
-    proto = tokenizer.serialized_model_proto() if tokenizer else None
-    write_checkpoint(Checkpoint(None, model.config, weights, proto, model.history), path)
+        del weights["lm_head.weight"]
+    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
+    ckpt = Checkpoint(None, model.config, tensors)
+    ckpt.tokenizer, ckpt.history = tokenizer.serialized_model_proto() if tokenizer else None, model.history
+    write_checkpoint(ckpt, path)
 
 
-def write_checkpoint(ckpt: Checkpoint, path: str | Path, dtype: torch.dtype | None = None, max_shard_size=5 * 10**9):
-    """Writes a Checkpoint to `path`, as a .pt file or as a Hugging Face directory in shards of max_shard_size bytes."""
-    path = check_out(path)
+def write_checkpoint(
+    ckpt: Checkpoint, path: str | Path, dtype: torch.dtype | None = None, max_shard_size=5 * 10**9, layout: str = "hf"
+) -> None:
+    """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
+    max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
+    path, like = check_out(path), {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
+    if layout == "meta":
+        params = meta_params(ckpt.config, path)
     with atomic(path) as tmp:
         if path.suffix == ".pt":
-            data = {
-                "config": dataclasses.asdict(ckpt.config),
-                "model": {k: w.to(dtype).clone() for k, w in ckpt.items()},
-            }
-            torch.save(data | {"tokenizer": ckpt.tokenizer, "history": ckpt.history}, tmp)
+            about = {"config": dataclasses.asdict(ckpt.config), "tokenizer": ckpt.tokenizer, "history": ckpt.history}
+            write_torch(tmp, ckpt, like, lambda weights: about | {"files": ckpt.files, "model": weights})
             return
         tmp.mkdir()
-        shards, size = [{}], 0
-        for name in ckpt:  # shapes first: the names of the shards say how many there are
-            w = ckpt[name]
-            nbytes = w.numel() * (dtype or w.dtype).itemsize
+        if layout == "meta":
+            write_meta(tmp, ckpt, like, params)
+            return
+        shards, size = [[]], 0
+        for name, w in like.items():
+            nbytes = w.numel() * w.element_size()
             if size and size + nbytes > max_shard_size:
-                shards, size = [*shards, {}], 0
-            shards[-1][name], size = nbytes, size + nbytes
+                shards, size = [*shards, []], 0
+            shards[-1].append(name)
+            size += nbytes
         files = ["model.safetensors"] if len(shards) == 1 else []
         files = files or [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(files, shards, strict=True):
-            write_safetensors(tmp / file, {name: ckpt[name].to(dtype) for name in shard})
+        for file, names in zip(files, shards, strict=True):
+            write_safetensors(tmp / file, ckpt, {name: like[name] for name in names})
         write_hf_extras(tmp, ckpt, {name: f for f, s in zip(files, shards, strict=True) for name in s}, dtype)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def raw(w: Tensor):
+    """A tensor's bytes, as a numpy array that a file can write."""
+    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
+    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
+    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
     dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    for name, w in tensors.items():
+    for name, w in like.items():
         end = offset + w.numel() * w.element_size()
         header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
         offset = end
@@ -714,45 +814,93 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for w in tensors.values():
-            f.write(w.contiguous().reshape(-1).view(torch.uint8).numpy())
+        for name, w in like.items():
+            f.write(raw(tensors[name].to(w.dtype)))
 
 
-def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dtype: torch.dtype | None = None) -> None:
-    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history."""
-    c = ckpt.config
-    dtype = dtype or ckpt["model.norm.weight"].dtype
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_seq_len,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": c.rope_scaling,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": c.tie_embeddings,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(set(weight_map.values())) > 1:
-        total = sum(ckpt[name].numel() * dtype.itemsize for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], wrap: Callable) -> None:
+    """torch.save(wrap(dict of the tensors that `like` names, in its dtypes)), with one of them in memory at a time.
+
+    First the file with room for the weights: blank tensors, whose memory is never touched. Then each in its place. The
+    zip's checksums of the weights stay empty; torch.load does not look at them.
+    """
+    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
+    try:
+        with skip_data():
+            torch.save(wrap(blank), path)
+    except RuntimeError as e:  # torch's word for a full disk
+        raise OSError(str(e).splitlines()[0]) from None
+    saved = torch.load(path, map_location="meta", weights_only=True)
+    saved = saved.get("model", saved)
+    with open(path, "r+b") as f:
+        for name, w in like.items():
+            f.seek(saved[name].untyped_storage()._checkpoint_offset)
+            f.write(raw(tensors[name].to(w.dtype)))
+
+
+def meta_params(c: LlamaConfig, path: Path) -> dict:
+    """Meta's params.json. What it cannot say is a UserError; a training length of neither LLaMA is a key of ours."""
+    missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
+    missing["head_dim"] = c.head_dim * c.n_heads != c.hidden_size
+    for key in [key for key, there in missing.items() if there]:
+        raise UserError(f"--out {path}: Meta's layout has no room for the model's {key}; --layout hf has")
+    params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
+    params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+    # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
+    width, params["multiple_of"] = 8 * c.hidden_size // 3, c.intermediate_size & -c.intermediate_size
+    if -(-width // params["multiple_of"]) * params["multiple_of"] != c.intermediate_size:
+        params["ffn_dim_multiplier"] = (c.intermediate_size + 0.5) / width
+    usual = c.max_seq_len == META_SEQ_LEN.get(c.norm_eps, 4096)
+    return params if usual else params | {"max_seq_len": c.max_seq_len}
+
+
+def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], params: dict) -> None:
+    """Meta's layout in one part, the inverse of `open_meta`. Tied embeddings are written twice, as Meta's code asks."""
+    c, sources = ckpt.config, {hf_to_meta(name): name for name in like}
+    if c.tie_embeddings:
+        sources["output.weight"] = "model.embed_tokens.weight"
+
+    def get(name: str) -> Tensor:
+        w = ckpt[sources[name]]
+        if name.endswith(("wq.weight", "wk.weight")):  # back to neighbouring pairs, see `join_meta`
+            w = w.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(w.shape)
+        return w
+
+    tensors = {name: (like[source], functools.partial(get, name)) for name, source in sources.items()}
+    part = Checkpoint(None, c, tensors)
+    write_torch(path / "consolidated.00.pth", part, part.like, lambda weights: weights)
+    (path / "params.json").write_text(json.dumps(params) + "\n")
+    write_beside(path, ckpt)
+
+
+def write_beside(path: Path, ckpt: Checkpoint) -> None:
+    """What a directory of either layout holds besides weights and config."""
+    for name, data in ckpt.files.items():
+        if name != "config.json":
+            (path / name).write_bytes(data)
     if ckpt.tokenizer:
         (path / "tokenizer.model").write_bytes(ckpt.tokenizer)
     if ckpt.history:
         (path / "history.json").write_text(json.dumps(ckpt.history, indent=2) + "\n")
+
+
+def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dtype: torch.dtype | None = None) -> None:
+    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
+    c = ckpt.config
+    dtype = dtype or ckpt.like["model.norm.weight"].dtype
+    source = json.loads(ckpt.files.get("config.json", '{"bos_token_id": 1, "eos_token_id": 2}'))
+    mistral = c.sliding_window is not None
+    config = {"architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]}
+    config |= {"model_type": "mistral" if mistral else "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    config |= {theirs: getattr(c, ours) for ours, theirs in HF_KEYS.items() if mistral or ours != "sliding_window"}
+    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if len(set(weight_map.values())) > 1:
+        total = sum(ckpt.like[name].numel() * dtype.itemsize for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_beside(path, ckpt)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -795,11 +943,10 @@ def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
 def describe(ckpt: Checkpoint) -> dict:
     """One screen about a checkpoint, read tensor by tensor."""
     kinds, n_parameters, size = {}, 0, 0
-    for name in ckpt:
-        w = ckpt[name]
+    for name, w in ckpt.like.items():
         n_parameters, size = n_parameters + w.numel(), size + w.numel() * w.element_size()
         if name.endswith("_proj.weight"):
-            kinds.setdefault(name.split(".")[-2], []).append((w.numel(), *sparsity_of(w)))
+            kinds.setdefault(name.split(".")[-2], []).append((w.numel(), *sparsity_of(ckpt[name])))
     family = next((name for name, c in PRESETS.items() if c == ckpt.config), "LLaMA of its own shape")
     linears = {
         kind: {
@@ -808,13 +955,10 @@ def describe(ckpt: Checkpoint) -> dict:
         }
         for kind, layers in kinds.items()
     }
-    dtype = str(ckpt["model.norm.weight"].dtype).removeprefix("torch.")
+    dtype = str(ckpt.like["model.norm.weight"].dtype).removeprefix("torch.")
     about = {"family": family, "parameters": n_parameters, "bytes": size, "dtype": dtype, "linears": linears}
-    return about | {
-        "tokenizer": bool(ckpt.tokenizer),
-        "history": ckpt.history,
-        "config": dataclasses.asdict(ckpt.config),
-    }
+    about |= {"tokenizer": bool(ckpt.tokenizer), "history": ckpt.history}
+    return about | {"config": dataclasses.asdict(ckpt.config)}
 
 
 def print_description(about: dict) -> None:
@@ -832,8 +976,9 @@ def main():
     parser = argparse.ArgumentParser(description="Convert, describe or run a LLaMA checkpoint.")
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
-    add("--out", help="convert: a .pt file, or a new directory in Hugging Face's layout")
+    add("--out", help="convert: a .pt file, or a new directory")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
+    add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's (default) or Meta's")
     add("--max_shard_size", default="5GB", help="of a directory's files, such as 500MB (default: 5GB)")
     add("--info", action="store_true", help="describe the checkpoint")
     add("--json", action="store_true", help="with --info: as JSON")
@@ -849,20 +994,32 @@ def main():
     number, unit = args.max_shard_size[:-2], args.max_shard_size[-2:].upper()
     if unit not in units or not number.isdigit() or int(number) == 0:
         raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 500MB or 5GB")
+    if args.layout == "meta" and (not args.out or args.out.endswith(".pt")):
+        raise UserError("--layout meta: needs --out with the name of a new directory")
+    if args.json and not args.info:
+        raise UserError("--json: is for --info")
+    for flag, ok in (("max_new_tokens", "0 or more"), ("temperature", "0 or more"), ("top_p", "from 0 to 1")):
+        if not 0 <= getattr(args, flag) <= (1 if flag == "top_p" else math.inf):
+            raise UserError(f"--{flag} {getattr(args, flag)}: expected {ok}")
+    if args.out:
+        check_out(args.out)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ckpt = open_checkpoint(args.ckpt)
     if args.info:
         about = describe(ckpt)
         print(json.dumps(about, indent=2)) if args.json else print_description(about)
     if args.out:
-        write_checkpoint(ckpt, args.out, dtype, int(number) * units[unit])
+        write_checkpoint(ckpt, args.out, dtype, int(number) * units[unit], args.layout)
         print(f"wrote {args.out}")
     if args.prompt is not None:
         model, tokenizer = load(args.ckpt, dtype)
         if tokenizer is None:
             raise UserError(f"--ckpt {args.ckpt}: has no tokenizer.model")
         torch.manual_seed(args.seed)
-        tokens = [tokenizer.bos_id(), *tokenizer.encode(args.prompt)]
+        tokens = [id for id in (tokenizer.bos_id(), *tokenizer.encode(args.prompt)) if id >= 0]  # -1: it has no BOS
+        if not tokens:
+            raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
+        model.config.check_length(len(tokens) + args.max_new_tokens, "--prompt and --max_new_tokens")
         settings = (args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id())
         print(tokenizer.decode(tokens + list(generate(model, tokens, *settings))))
 

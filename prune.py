@@ -468,6 +468,7 @@ def main():
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"--calib {args.calib}: cannot be read as a .npy file: {e}") from None
     tokens = check_calib(calib, ckpt.config.vocab_size, args.nsamples)
+    ckpt.config.check_length(tokens.shape[1], f"--calib {args.calib}")
     if isinstance(sparsity, tuple):
         for C in (ckpt.config.hidden_size, ckpt.config.intermediate_size, ckpt.config.n_heads * ckpt.config.head_dim):
             if C % sparsity[1]:

@@ -387,10 +387,10 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
         layer.load_state_dict(factors, strict=False)
         return merged_weight(layer, masked, name)
 
-    tensors = ckpt.tensors | {name: functools.partial(get, name) for name in layers}
+    tensors = {name: functools.partial(get, name) for name in layers}
     method = file["method"] if file["method"] != "lora" else ("lora*" if masked else "lora (dense)")
     entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"]}
-    return Checkpoint(ckpt.path, ckpt.config, tensors, ckpt.tokenizer, [*ckpt.history, entry])
+    return ckpt.changed(tensors, entry)
 
 
 def main():

@@ -441,7 +441,8 @@ def simulate(args, config, rows: int, T: int) -> np.ndarray:
 
     The step is a real one, on fake tensors: they have shapes and lifetimes, but no memory.
     """
-    model = build(args, config)
+    # scaled or windowed positions would be read, which a fake tensor does not have; their shapes are those of plain ones
+    model = build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
     with FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
@@ -607,6 +608,7 @@ def main():
         train, val = (Examples(data, split, config.vocab_size) for split in ("train", "val"))
         check_tokenizer(data, ckpt, args)
         longest = int(max(train.lengths.max(initial=0), val.lengths.max(initial=0)))
+        config.check_length(longest, f"--data {data}")
         if not len(train.lengths):
             raise UserError(f"--data {data}: holds no training example")
         if longest > args.max_tokens:
