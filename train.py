@@ -441,7 +441,7 @@ def simulate(args, config, rows: int, T: int) -> np.ndarray:
 
     The step is a real one, on fake tensors: they have shapes and lifetimes, but no memory.
     """
-    # scaled or windowed positions would be read, which a fake tensor does not have; their shapes are those of plain ones
+    # scaled or windowed positions would be read, which fake tensors do not have; plain ones have the same shapes
     model = build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
     with FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():

@@ -76,12 +76,17 @@ def memory(n_blocks: int, method: str) -> None:
         ends = {"model.embed_tokens.weight": (1000, 8192), "model.norm.weight": (8192,), "lm_head.weight": (1000, 8192)}
         files = [(f"{i}", {f"model.layers.{i}.{name}": s for name, s in shapes.items()}) for i in range(n_blocks)]
         (folder / "dense").mkdir()
-        for file, part in [*files, ("ends", ends)]:
+        files.append(("ends", ends))
+        for file, part in files:
             tensors = {name: noise[: math.prod(s)].view(s) for name, s in part.items()}
             prune.write_safetensors(folder / "dense" / f"{file}.safetensors", tensors)
             weight_map |= dict.fromkeys(part, f"{file}.safetensors")
-        getters = dict.fromkeys(weight_map, lambda: torch.zeros(1, dtype=torch.bfloat16))
-        write_hf_extras(folder / "dense", Checkpoint(None, config, getters), weight_map, torch.bfloat16)
+        like = {
+            name: (torch.empty(s, device="meta", dtype=torch.bfloat16), None)
+            for _, part in files
+            for name, s in part.items()
+        }
+        write_hf_extras(folder / "dense", Checkpoint(None, config, like), weight_map, torch.bfloat16)
         np.save(folder / "calib.npy", np.random.default_rng(0).integers(0, 1000, (4, 128), dtype=np.int32))
         del noise, tensors
         command = [

@@ -40,6 +40,15 @@ def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
     return folder
 
 
+def write_long_data(folder: Path, n: int, length: int) -> Path:
+    """Prepared data of n examples of one length, nothing held out."""
+    write_data(folder, sizes=(0, 0))
+    np.save(folder / "train.npy", np.random.default_rng(0).integers(0, 200, n * length).astype(np.uint16))
+    np.save(folder / "train.offsets.npy", np.arange(n + 1) * length)
+    np.save(folder / "train.prompt.npy", np.zeros(n, dtype=np.int32))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with `data` and a model that learned it for a second and was pruned to 1:4 by magnitude, `pruned.pt`."""
@@ -372,11 +381,11 @@ def test_a_second_signal_leaves_at_once():
 
 
 def test_out_of_memory_says_which_flags_help(tmp_path):
-    """7 GiB of address space are too few for the activations of 64 layers."""
-    save(Llama(LlamaConfig(256, 64, 128, n_layers=64, n_heads=2)), tmp_path / "pruned.pt")
-    write_data(tmp_path / "data", sizes=(2000, 1))
-    line = command(tmp_path, tmp_path / "run", "--batch_size", 2000, "--max_tokens", 40000)
-    limit = f"ulimit -v {7 * 2**20}; exec " + shlex.join(line)
+    """6 GiB of address space are too few for an MLP of width 16,384 at 40,000 tokens."""
+    save(Llama(LlamaConfig(256, 64, 16384, n_layers=1, n_heads=2)), tmp_path / "pruned.pt")
+    write_long_data(tmp_path / "data", 20, 2001)
+    line = command(tmp_path, tmp_path / "run", "--batch_size", 20, "--max_tokens", 40000)
+    limit = f"ulimit -v {6 * 2**20}; exec " + shlex.join(line)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(["sh", "-c", limit], capture_output=True, text=True, timeout=120, env=env)
     assert result.returncode == 2 and "out of memory" in result.stderr and "--max_tokens" in result.stderr
@@ -422,11 +431,7 @@ def test_dry_runs_memory_is_within_10_percent_of_the_measured(tmp_path):
     """Resident memory, without Python and PyTorch's own. malloc is told to give back what is freed: by itself it keeps
     up to half as much again for later."""
     save(Llama(LlamaConfig(8000, 1024, 2816, n_layers=4, n_heads=8)), tmp_path / "pruned.pt")
-    rng, folder = np.random.default_rng(0), tmp_path / "data"
-    write_data(folder, sizes=(0, 0))
-    np.save(folder / "train.npy", rng.integers(0, 8000, 6 * 513).astype(np.uint16))
-    np.save(folder / "train.offsets.npy", np.arange(7) * 513)
-    np.save(folder / "train.prompt.npy", np.zeros(6, dtype=np.int32))
+    write_long_data(tmp_path / "data", 6, 513)
     flags = ("--batch_size", 6, "--max_tokens", 3072, "--epochs", 1)
     text = run(tmp_path, tmp_path / "run", *flags, "--dry_run").stdout
     estimate = float(re.search(r"together +([\d.]+) GiB", text)[1])
