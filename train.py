@@ -28,6 +28,7 @@ import argparse
 import concurrent.futures
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -402,6 +403,21 @@ def open_run(out_dir: Path, config: dict, resume: bool) -> None:
             raise UserError(f"--resume: {out_dir} was run with --{key} {old['settings'].get(key)}, not {now}")
 
 
+def lock_run(out_dir: Path):
+    """An open file that keeps other runs out of the folder for as long as this process lives.
+
+    A torchrun that is killed with SIGKILL leaves its workers behind, and they still write.
+    """
+    lock = open(out_dir / "config.json")  # noqa: SIM115  closed when the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out_dir {out_dir}: a run is at work in it; stop it, or wait for its end") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def trim_log(file: Path, step: int) -> None:
     """Drops the log's lines after `step`, which the resumed run writes again."""
     lines = file.read_text().splitlines() if file.exists() else []
@@ -630,6 +646,7 @@ def main():
         about = {"settings": vars(args), "steps": plan.steps, "base": base, "data": fingerprint(data)}
         check_out(out_dir / "merged.pt")
         open_run(out_dir, about | {"world_size": world, "versions": versions}, args.resume)
+        lock = lock_run(out_dir)  # noqa: F841  held until the process ends
 
     # --- processes
     mesh = None

@@ -1,18 +1,20 @@
 """evaluate.py against lm-eval's hf backend: the same documents, model, precision and threads, in turn.
 
-    python -m venv .venv-lm-eval && .venv-lm-eval/bin/pip install lm_eval==0.4.13 torch transformers sentencepiece accelerate
-    python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --docs arc_easy.jsonl
+    python -m venv .venv-lm-eval && .venv-lm-eval/bin/pip install torch==2.13.0 lm_eval==0.4.13 transformers accelerate
+    python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --tasks samples_arc_easy.jsonl ...
 
 A random LLaMA of about 58M parameters is made on the spot (so accuracies are chance; the work is real). --tokenizer is a
-directory with LLaMA's tokenizer.model and tokenizer.json; --docs holds ARC documents in their data set's shape. lm-eval
-runs a local copy of the task with batch sizes 1 and 8. What is timed on either side is rendered documents to metrics, the
-model being loaded: lm-eval's simple_evaluate, our run_task.
+directory with LLaMA's tokenizer.model and tokenizer.json; --tasks are samples files, from lm-eval's dummy model or from
+data/lm_eval/prepare.py. lm-eval is given the same rendered contexts and choices as a task of its own, with batch sizes 1
+and 8, and with BOS as it does today. What is timed on either side is rendered documents to metrics, the model being
+loaded: lm-eval's simple_evaluate, our run_task.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,15 +28,16 @@ sys.path.insert(0, str(ROOT))
 from evaluate import read_task, run_task  # noqa: E402
 from model import Llama, LlamaConfig, load, load_tokenizer, save  # noqa: E402
 
-YAML = """task: bench_arc
+YAML = """task: bench_task
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {docs}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_target: "{{{{choices.label.index(answerKey)}}}}"
-doc_to_choice: "{{{{choices.text}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
 """
 
 
@@ -54,8 +57,8 @@ def lm_eval(python: str, model: Path, tasks: Path, out: Path, batch: int) -> flo
         f"lm = HFLM(pretrained={str(model)!r}, device='cpu', dtype='float32', batch_size={batch})\n"
         f"manager = tasks.TaskManager(include_path={str(tasks)!r})\n"
         "start = time.perf_counter()\n"
-        "r = evaluator.simple_evaluate(lm, tasks=['bench_arc'], task_manager=manager, log_samples=False, bootstrap_iters=0)\n"
-        f"json.dump({{'seconds': time.perf_counter() - start, 'acc': r['results']['bench_arc']['acc,none']}}, open({str(out)!r}, 'w'))\n"
+        "r = evaluator.simple_evaluate(lm, tasks=['bench_task'], task_manager=manager, log_samples=False, bootstrap_iters=0)\n"
+        f"json.dump({{'seconds': time.perf_counter() - start, 'acc': r['results']['bench_task']['acc,none']}}, open({str(out)!r}, 'w'))\n"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([python, "-c", code], check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -66,38 +69,40 @@ def main():
     parser = argparse.ArgumentParser(description="Wall time of evaluate.py against lm-eval's.")
     parser.add_argument("--python", required=True, help="an interpreter that has lm_eval")
     parser.add_argument("--tokenizer", required=True, type=Path)
-    parser.add_argument("--docs", required=True, type=Path)
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--tasks", required=True, type=Path, nargs="+")
+    parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, float32, one thread, medians of {args.repeats} paired repeats\n")
+    print("| task | documents | evaluate.py | lm-eval, batch 1 | batch 8 | lm-eval's best / ours | accuracy, both |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_model(folder / "model", args.tokenizer)
-        docs = args.docs.read_text().splitlines()[: args.limit]
-        (folder / "docs.jsonl").write_text("\n".join(docs) + "\n")
         (folder / "tasks").mkdir()
-        (folder / "tasks" / "bench_arc.yaml").write_text(YAML.format(docs=folder / "docs.jsonl"))
-        command = [sys.executable, str(ROOT / "data" / "lm_eval" / "prepare.py"), "--task", "arc_easy"]
-        subprocess.run(
-            [*command, "--json", folder / "docs.jsonl", "--out", folder], check=True, stdout=subprocess.DEVNULL
-        )
         model, tokenizer = load(folder / "model")
-        name, documents = read_task(folder / "samples_arc_easy.jsonl")
         settings = argparse.Namespace(add_bos=True, batch_tokens=4096, no_sharing=False, rank=1)
-        rows = {"evaluate.py": [], "lm-eval, batch 1": [], "lm-eval, batch 8": []}
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            result, _scores = run_task(model, tokenizer, documents, settings, name)
-            rows["evaluate.py"].append(time.perf_counter() - start)
-            for batch in (1, 8):
-                theirs = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)
-                rows[f"lm-eval, batch {batch}"].append(theirs["seconds"])
-        print(f"{len(docs)} ARC documents, one thread; accuracy here {result['acc']:.4f}, lm-eval {theirs['acc']:.4f}")
-        for row, seconds in rows.items():
-            print(f"| {row} | {min(seconds):.1f} s |")
-        best = min(min(rows["lm-eval, batch 1"]), min(rows["lm-eval, batch 8"]))
-        print(f"lm-eval at its best / evaluate.py: {best / min(rows['evaluate.py']):.2f}")
+        for path in args.tasks:
+            name, documents = read_task(path)
+            documents = documents[: args.limit]
+            docs = [
+                {"context": d.pairs[0][0], "choices": [c for _, c in d.pairs], "gold": min(d.gold)} for d in documents
+            ]
+            (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+            (folder / "tasks" / "bench_task.yaml").write_text(YAML.format(docs=folder / "docs.jsonl"))
+            times = {"ours": [], 1: [], 8: []}
+            for _ in range(args.repeats):
+                start = time.perf_counter()
+                result, _scores = run_task(model, tokenizer, documents, settings, name)
+                times["ours"].append(time.perf_counter() - start)
+                for batch in (1, 8):
+                    theirs = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)
+                    times[batch].append(theirs["seconds"])
+            ours, one, eight = (statistics.median(t) for t in times.values())
+            accuracies = f"{result['acc']:.4f} {theirs['acc']:.4f}"
+            print(f"| {name} | {len(docs)} | {ours:.1f} s | {one:.1f} s | {eight:.1f} s |", end="")
+            print(f" {min(one, eight) / ours:.2f} | {accuracies} |", flush=True)
 
 
 if __name__ == "__main__":

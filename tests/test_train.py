@@ -516,6 +516,15 @@ def test_a_second_run_in_the_same_folder_is_refused(world, alone):
     assert "holds a run" in refusal(world, world / "alone")
 
 
+def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):
+    process = start(world, tmp_path / "run", "--epochs", 1000, "--save_interval", 1)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', process)
+    line = refusal(world, tmp_path / "run", "--epochs", 1000, "--save_interval", 1, "--resume")
+    process.kill()
+    process.wait()
+    assert "a run is at work in it" in line
+
+
 def test_resuming_another_run_is_refused(world, alone, tmp_path):
     assert "--lr" in refusal(world, world / "alone", "--resume", "--lr", 0.5)
     write_data(tmp_path / "other", seed=1)
