@@ -389,7 +389,7 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
 
     tensors = {name: functools.partial(get, name) for name in layers}
     method = file["method"] if file["method"] != "lora" else ("lora*" if masked else "lora (dense)")
-    entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"]}
+    entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"], **file.get("options", {})}
     return ckpt.changed(tensors, entry)
 
 
