@@ -74,9 +74,9 @@ def memory(n_blocks: int, method: str) -> None:
             shapes = {name: p.shape for name, p in Block(config).named_parameters()}
         noise = (torch.randn(max(math.prod(s) for s in shapes.values())) * 0.02).bfloat16()
         ends = {"model.embed_tokens.weight": (1000, 8192), "model.norm.weight": (8192,), "lm_head.weight": (1000, 8192)}
-        files = [(f"{i}", {f"model.layers.{i}.{name}": s for name, s in shapes.items()}) for i in range(n_blocks)]
+        files = [(f"model-{i}", {f"model.layers.{i}.{name}": s for name, s in shapes.items()}) for i in range(n_blocks)]
         (folder / "dense").mkdir()
-        files.append(("ends", ends))
+        files.append(("model-ends", ends))
         for file, part in files:
             tensors = {name: noise[: math.prod(s)].view(s) for name, s in part.items()}
             prune.write_safetensors(folder / "dense" / f"{file}.safetensors", tensors)
