@@ -349,6 +349,8 @@ def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePiecePro
     name = "the checkpoint's tokenizer" if isinstance(source, bytes) else source
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:  # sentencepiece takes it for a model that is yet to be loaded
+            raise RuntimeError
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except OSError as e:
         raise UserError(f"{name}: cannot be read: {e.strerror}") from None
@@ -432,7 +434,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*want[name].shape]}")
         if w.dtype not in SAFETENSORS_DTYPES.values():
             raise UserError(f"{path}: {name} is {w.dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
-    if ckpt.tokenizer:
+    if ckpt.tokenizer is not None:
         size = load_tokenizer(ckpt.tokenizer).vocab_size()
         if size > ckpt.config.vocab_size:
             raise UserError(f"{path}: its tokenizer has {size} pieces, the model only {ckpt.config.vocab_size}")
@@ -636,6 +638,8 @@ def hf_to_config(path: Path) -> LlamaConfig:
     for key in ("attention_bias", "mlp_bias"):
         if c.get(key):
             raise UserError(f"{path}: {key} is true; LLaMA's linears have no bias")
+    if c.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}; LLaMA's is silu")
     window = c.get("sliding_window", 4096) if c["model_type"] == "mistral" else None  # absent: transformers has 4,096
     defaults = {"num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     defaults |= {"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
@@ -742,6 +746,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
     """
     ckpt = open_checkpoint(path)
+    dtypes = {w.dtype for w in ckpt.like.values()}
+    if dtype is None and len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{path}: holds weights of several dtypes ({names}); choose one with --dtype")
     with torch.device("meta"):
         model = Llama(ckpt.config)
     tied = ckpt.config.tie_embeddings
@@ -912,13 +920,15 @@ def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, 
     """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
-    probabilities sum to top_p. Ends after `stop`.
+    probabilities sum to top_p. Ends after `stop`. UserError where a logit is NaN or Inf.
     """
     device, cache = model.lm_head.weight.device, [[] for _ in model.model.layers]
     new = list(tokens)
     for _ in range(n):
         x = model.hidden(torch.tensor([new], device=device), cache=cache)
         logits = model.lm_head(x[0, -1]).float()
+        if not logits.isfinite().all():
+            raise UserError("the logits are not finite; the weights hold NaN or Inf, or overflow their --dtype")
         if temperature == 0:
             token = int(logits.argmax())
         else:

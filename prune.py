@@ -287,7 +287,8 @@ def prune_block(
     for first, names in GROUPS.items():
         s = stats.pop(first)
         if not s.square.isfinite().all():
-            raise UserError(f"layers.{i}.{first}: its inputs hold NaN or Inf; try --dtype bfloat16 or float32")
+            hint = "; try --dtype bfloat16 or float32" if x.dtype == torch.float16 else ""
+            raise UserError(f"layers.{i}.{first}: its inputs hold NaN or Inf{hint}")
         if s.hessian is not None:
             s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", say)
             s.hessian = None
@@ -314,6 +315,8 @@ def check_calib(calib, vocab_size: int, nsamples: int | None = None) -> Tensor:
     calib = np.asarray(calib)
     if calib.ndim != 2 or calib.dtype.kind not in "iu" or not calib.size:
         raise UserError(f"--calib: holds {calib.dtype} of shape {calib.shape}, expected token ids (nsamples, seqlen)")
+    if nsamples is not None and nsamples < 1:
+        raise UserError(f"--nsamples {nsamples}: expected 1 or more")
     if nsamples and len(calib) < nsamples:
         raise UserError(f"--calib: holds {len(calib)} sequences, --nsamples asks for {nsamples}")
     calib = calib[:nsamples].astype(np.int64)
@@ -465,8 +468,10 @@ def main():
     ckpt = open_checkpoint(args.ckpt)
     try:
         calib = np.load(args.calib, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"--calib {args.calib}: cannot be read as a .npy file: {e}") from None
+    except OSError as e:
+        raise UserError(f"--calib {args.calib}: cannot be read: {e.strerror or e}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"--calib {args.calib}: is not a .npy file, or is damaged") from None
     tokens = check_calib(calib, ckpt.config.vocab_size, args.nsamples)
     ckpt.config.check_length(tokens.shape[1], f"--calib {args.calib}")
     if isinstance(sparsity, tuple):
@@ -474,6 +479,10 @@ def main():
             if C % sparsity[1]:
                 raise UserError(f"--sparsity {args.sparsity}: a linear has {C} columns, no multiple of {sparsity[1]}")
     cycles = args.dsnot_cycles if args.dsnot else 0
+    if not args.dsnot and (args.dsnot_cycles, args.dsnot_threshold) != (50, 0.1):
+        raise UserError("--dsnot_cycles and --dsnot_threshold are settings of --dsnot, which is not given")
+    if args.dsnot_cycles < 1 or not args.dsnot_threshold >= 0:
+        raise UserError("--dsnot_cycles: expected 1 or more, --dsnot_threshold: 0 or more")
     settings = Settings(args.method, sparsity, cycles, args.dsnot_threshold)
     entry = {"method": args.method, "sparsity": args.sparsity, "source": str(args.ckpt)}
     entry |= {"calib": f"{Path(args.calib).name} ({len(tokens)} x {tokens.shape[1]})"}

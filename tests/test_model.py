@@ -215,6 +215,24 @@ def test_drawing_follows_top_p_and_the_seed(model):
     assert draw(temperature=1.0, top_p=0.0) == draw() != draw(temperature=2.0)
 
 
+def test_weights_that_cannot_run_are_named(model, tokenizer, tmp_path):
+    model.model.layers[1].mlp.up_proj.weight.data[:] = float("nan")
+    with pytest.raises(UserError, match="the logits are not finite"):
+        next(generate(model, [1, 2], 1))
+    model.model.norm.half()
+    save(model, tmp_path / "mixed.pt", tokenizer)
+    with pytest.raises(UserError, match="several dtypes .float16, float32."):
+        load(tmp_path / "mixed.pt")
+    assert load(tmp_path / "mixed.pt", torch.float32)[0].lm_head.weight.dtype == torch.float32
+
+
+def test_an_empty_tokenizer_file_is_named(model, tmp_path):
+    save(model, tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.model").touch()
+    with pytest.raises(UserError, match="tokenizer is not a sentencepiece model"):
+        open_checkpoint(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (2, 8), (4, 8)])
 def test_patterns_are_recognised(n, m):
     weight = torch.randn(6, 48)
@@ -584,6 +602,7 @@ HARMS = {  # what is done to config.json (a dict) or to model.safetensors' heade
     "gpt2": {"model_type": "gpt2"},
     "attention_bias is true": {"attention_bias": True},
     "mlp_bias is true": {"mlp_bias": True},
+    "hidden_act is 'gelu'": {"hidden_act": "gelu"},
     "'yarn'.*expected one of LLaMA's types": {"rope_scaling": {"type": "yarn", "factor": 2}},
     "rope_scaling is '\\[3\\]'": {"rope_scaling": [3]},
     "expected factor above 0": {"rope_scaling": {"rope_type": "linear", "factor": "2"}},

@@ -350,6 +350,11 @@ def test_a_sparsity_that_is_none_is_refused(text):
     [
         (("--sparsity", "2:3"), "no multiple of 3"),
         (("--sparsity", "1.2"), "--sparsity 1.2"),
+        (("--nsamples", 0), "--nsamples 0"),
+        (("--dsnot", "--dsnot_cycles", 0), "--dsnot_cycles"),
+        (("--dsnot", "--dsnot_threshold", "nan"), "--dsnot_threshold"),
+        (("--dsnot_cycles", 5), "--dsnot, which is not given"),
+        (("--calib", __file__), "is not a .npy file"),
         (("--nsamples", 7), "holds 6 sequences, --nsamples asks for 7"),
         (("--calib", "nowhere.npy"), "nowhere.npy"),
         (("--ckpt", "nowhere"), "nowhere"),
