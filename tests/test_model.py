@@ -229,7 +229,7 @@ def test_weights_that_cannot_run_are_named(model, tokenizer, tmp_path):
 def test_an_empty_tokenizer_file_is_named(model, tmp_path):
     save(model, tmp_path / "saved")
     (tmp_path / "saved" / "tokenizer.model").touch()
-    with pytest.raises(UserError, match="tokenizer is not a sentencepiece model"):
+    with pytest.raises(UserError, match="tokenizer: is not a sentencepiece model"):
         open_checkpoint(tmp_path / "saved")
 
 
