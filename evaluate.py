@@ -531,6 +531,8 @@ def main():
         raise UserError("nothing to do: give --tasks or --ppl")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+    if args.batch_tokens < 1 or (args.seqlen is not None and args.seqlen < 2):
+        raise UserError("--batch_tokens: expected 1 or more, --seqlen: 2 or more")
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: must end in .json")
     out, args.rank = check_out(args.out), int(os.environ.get("RANK", 0))

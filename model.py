@@ -56,6 +56,9 @@ def cli(main: Callable[[], None]) -> None:
         else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
             time.sleep(5)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

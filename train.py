@@ -546,9 +546,27 @@ def resolve(args, config, ckpt: Checkpoint | None) -> None:
     for key, value in {"lr": lr, "batch_size": batch, "epochs": epochs, "max_tokens": micro * PAPER_LENGTH}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("lr", "batch_size", "epochs", "max_tokens", "eval_interval", "save_interval", "r", "scale"):
-        if not getattr(args, key) > 0:
+    above_0 = (
+        "lr",
+        "batch_size",
+        "epochs",
+        "max_tokens",
+        "eval_interval",
+        "save_interval",
+        "mask_interval",
+        "r",
+        "scale",
+    )
+    for key in (*above_0, *(["dry_run"] if args.dry_run is not None else [])):
+        if not 0 < getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key)}: must be more than 0")
+    for key in ("weight_decay", "grad_clip", "seed"):
+        if not 0 <= getattr(args, key) < 2**62:
+            raise UserError(f"--{key} {getattr(args, key)}: must be 0 or more")
+    if args.sparsity and args.method != "dynamic":
+        raise UserError("--sparsity: is the pattern of --method dynamic; other methods keep the checkpoint's zeros")
+    if args.tokenizer and ckpt:
+        raise UserError("--tokenizer: goes with --preset; a checkpoint has its own")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: is a share of the steps, from 0 to below 1")
     if args.zero_init == "both":
@@ -629,8 +647,8 @@ def main():
             raise UserError(f"--data {data}: holds no training example")
         if longest > args.max_tokens:
             raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
-        if min(args.batch_size, len(train.lengths)) < world:
-            raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {world} processes")
+        if min(args.batch_size, len(train.lengths)) < (processes := args.dry_run or world):
+            raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {processes} processes")
     if ckpt:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
         say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj; they stay")

@@ -483,6 +483,15 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--dry_run", 0), "--dry_run 0"),
+        (("--dry_run", 1000), "fewer examples than the 1000 processes"),
+        (("--lr", "inf"), "--lr inf"),
+        (("--weight_decay", -1), "--weight_decay"),
+        (("--grad_clip", -1), "--grad_clip"),
+        (("--mask_interval", 0), "--mask_interval"),
+        (("--seed", -1), "--seed -1"),
+        (("--sparsity", "2:4"), "--method dynamic"),
+        (("--tokenizer", "x"), "goes with --preset"),
         (("--ckpt", "nowhere.pt"), "nowhere.pt"),
         (("--data", "nowhere"), "nowhere"),
         (("--r", 5), "r = 5|--r 5"),
