@@ -33,6 +33,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import sentencepiece
 import torch
@@ -40,26 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import skip_data
 from torch.utils.checkpoint import checkpoint
-
-
-class UserError(Exception):
-    """Something the user can put right. `cli` prints it as one line and exits with status 2."""
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Runs a file's main function; a UserError becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
-        else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
-            time.sleep(5)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
@@ -286,8 +267,60 @@ class Llama(nn.Module):
         return sum(losses, x.new_zeros((), dtype=torch.float32))
 
 
+@torch.no_grad()
+def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1):
+    """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
+
+    temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
+    probabilities sum to top_p. Ends after `stop`. UserError where a logit is NaN or Inf.
+    """
+    device, cache = model.lm_head.weight.device, [[] for _ in model.model.layers]
+    new = list(tokens)
+    for _ in range(n):
+        x = model.hidden(torch.tensor([new], device=device), cache=cache)
+        logits = model.lm_head(x[0, -1]).float()
+        if not logits.isfinite().all():
+            raise UserError("the logits are not finite; the weights hold NaN or Inf, or overflow their --dtype")
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(descending=True)
+            p[p.cumsum(0) - p > top_p] = 0  # all behind the first that reaches top_p
+            token = int(order[torch.multinomial(p, 1)])
+        yield token
+        if token == stop:
+            return
+        new = [token]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# files: written whole or not at all
+# The network ends here. What follows is files: first what all of them need
+
+
+class UserError(Exception):
+    """Something the user can put right. `cli` prints it as one line and exits with status 2."""
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Runs a file's main function; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
+        else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
+            time.sleep(5)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 @contextlib.contextmanager
@@ -310,21 +343,22 @@ def atomic(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True) if tmp.is_dir() else tmp.unlink(missing_ok=True)
 
 
-def check_out(path: str | Path) -> Path:
-    """Refuses, before any work is done, an --out that could not be written after it."""
+def check_out(path: str | Path, flag: str = "--out") -> Path:
+    """Refuses, before any work is done, a path that could not be written after it. Names with .pt, .npy or .json are
+    files, all others new or empty directories."""
     path = Path(path)
     file = path.suffix in (".pt", ".npy", ".json")
     if file and path.is_dir():
-        raise UserError(f"--out {path}: is a directory, and a {path.suffix} name is a file")
+        raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
     if not file and path.is_file():
-        raise UserError(f"--out {path}: is a file; a name without .pt is a directory")
+        raise UserError(f"{flag} {path}: is a file; a name without .pt is a directory")
     if not file and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {path}: the directory is not empty; name a new one or remove it")
+        raise UserError(f"{flag} {path}: the directory is not empty; name a new one or remove it")
     try:
         existing = next(p for p in path.absolute().parents if p.exists())
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as e:
-        raise UserError(f"--out {path}: cannot be written: {e.strerror or e}") from None
+        raise UserError(f"{flag} {path}: cannot be written: {e.strerror or e}") from None
     return path
 
 
@@ -362,7 +396,7 @@ def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePiecePro
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints in
+# checkpoints: one mapping of names to tensors, whatever the layout
 
 
 class Checkpoint(Mapping):
@@ -448,21 +482,26 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3}  # what each kind of scaling needs
 
 
-def checked_config(values: dict, source: str | Path) -> LlamaConfig:
-    """A LlamaConfig from a file's values, every one of them checked; errors name the file and the value."""
+def checked_config(values: dict, source: str | Path, names: dict[str, str]) -> LlamaConfig:
+    """A LlamaConfig from a file's values, every one of them checked. Errors say what `names` has for our keys."""
 
-    def check(name, ok, expected):
+    def check(key, ok, expected):
         if not ok:
-            raise UserError(f"{source}: config: {name} is {str(values.get(name))[:80]!r}, expected {expected}")
+            found = repr(values.get(key))[:80]
+            raise UserError(f"{source}: config: {names.get(key, key)} is {found}, expected {expected}")
 
     kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
-    number = lambda x, *types: type(x) in types and 0 < x < 2**28  # the largest matrix can still be counted
+    number = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
     for name, x in values.items():
-        check(name, name in kinds, "no such key")
-        derived = name in ("n_kv_heads", "head_dim") and x == 0
-        check(name, kinds[name] is not int or number(x, int) or derived, "a whole number from 1 to 2**28")
-        check(name, kinds[name] is not float or number(x, int, float), "a number above 0")
-        check(name, kinds[name] is not bool or type(x) is bool, "true or false")
+        if name not in kinds:
+            raise UserError(f"{source}: config: {name}: unknown key")
+        if kinds[name] is int:
+            derived = name in ("n_kv_heads", "head_dim") and x == 0
+            check(name, number(x, int) or derived, "a whole number from 1 to 2**28")
+        elif kinds[name] is float:
+            check(name, number(x, int, float), "a number above 0")
+        elif kinds[name] is bool:
+            check(name, type(x) is bool, "true or false")
     window, scaling = values.get("sliding_window"), values.get("rope_scaling")
     check("sliding_window", window is None or number(window, int), "a whole number above 0, or null")
     if scaling is not None:
@@ -477,6 +516,52 @@ def checked_config(values: dict, source: str | Path) -> LlamaConfig:
     return config
 
 
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+    """Loads any checkpoint. Returns (model, tokenizer); the tokenizer is None where the checkpoint has none.
+
+    dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
+    """
+    ckpt = open_checkpoint(path)
+    dtypes = {w.dtype for w in ckpt.like.values()}
+    if dtype is None and len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{path}: holds weights of several dtypes ({names}); choose one with --dtype")
+    with torch.device("meta"):
+        model = Llama(ckpt.config)
+    tied = ckpt.config.tie_embeddings
+    model.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.items()}, strict=not tied, assign=True)
+    model.tie_weights()
+    model.history = ckpt.history
+    return model, load_tokenizer(ckpt.tokenizer) if ckpt.tokenizer else None
+
+
+def save(model: Llama, path: str | Path, tokenizer: sentencepiece.SentencePieceProcessor | None = None) -> None:
+    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
+    weights = {name: w.detach() for name, w in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["lm_head.weight"]
+    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
+    ckpt = Checkpoint(None, model.config, tensors)
+    ckpt.tokenizer, ckpt.history = tokenizer.serialized_model_proto() if tokenizer else None, model.history
+    write_checkpoint(ckpt, path)
+
+
+def write_checkpoint(
+    ckpt: Checkpoint, path: str | Path, dtype: torch.dtype | None = None, max_shard_size=5 * 10**9, layout: str = "hf"
+) -> None:
+    """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
+    max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
+    path, like = check_out(path), {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
+    params = meta_params(ckpt.config, path) if layout == "meta" else {}
+    with atomic(path) as tmp:
+        if path.suffix == ".pt":
+            write_pt(tmp, ckpt, like)
+        elif layout == "meta":
+            write_meta(tmp, ckpt, like, params)
+        else:
+            write_hf(tmp, ckpt, like, max_shard_size)
+
+
 # What travels with a model, besides tokenizer.model and history.json. Of config.json the special tokens' ids are kept.
 TRAVELS = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
 TRAVELS += ("chat_template*", "LICEN[SC]E*", "USE_POLICY*", "NOTICE*")
@@ -489,6 +574,21 @@ def add_beside(ckpt: Checkpoint, path: Path) -> Checkpoint:
     if (path / "tokenizer.model").exists():
         ckpt.tokenizer = (path / "tokenizer.model").read_bytes()
     return ckpt
+
+
+def write_beside(path: Path, ckpt: Checkpoint) -> None:
+    """What a directory of either layout holds besides weights and config."""
+    for name, data in ckpt.files.items():
+        if name != "config.json":
+            (path / name).write_bytes(data)
+    if ckpt.tokenizer:
+        (path / "tokenizer.model").write_bytes(ckpt.tokenizer)
+    if ckpt.history:
+        (path / "history.json").write_text(json.dumps(ckpt.history, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# our layout, and PyTorch files: .pt, .bin, .pth
 
 
 def torch_load(path: Path):
@@ -547,9 +647,86 @@ def open_pt(path: Path) -> Checkpoint:
         dict(json.loads(data["files"].get("config.json", "{}")))
     except (TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: its history or config.json is damaged") from None
-    ckpt = Checkpoint(path, checked_config(data["config"], path), torch_tensors(path, "model"))
+    ckpt = Checkpoint(path, checked_config(data["config"], path, {}), torch_tensors(path, "model"))
     ckpt.tokenizer, ckpt.history, ckpt.files = data["tokenizer"], data["history"], data["files"]
     return ckpt
+
+
+def write_pt(path: Path, ckpt: Checkpoint, like: dict[str, Tensor]) -> None:
+    about = {"config": dataclasses.asdict(ckpt.config), "tokenizer": ckpt.tokenizer, "history": ckpt.history}
+    write_torch(path, ckpt, like, lambda weights: about | {"files": ckpt.files, "model": weights})
+
+
+def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], wrap: Callable) -> None:
+    """torch.save(wrap(dict of the tensors that `like` names, in its dtypes)), with one of them in memory at a time.
+
+    First the file with room for the weights: blank tensors, whose memory is never touched. Then each in its place. The
+    zip's checksums of the weights stay empty; torch.load does not look at them.
+    """
+    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
+    try:
+        with skip_data():
+            torch.save(wrap(blank), path)
+    except RuntimeError as e:  # torch's word for a full disk
+        raise OSError(str(e).splitlines()[0]) from None
+    saved = torch.load(path, map_location="meta", weights_only=True)
+    saved = saved.get("model", saved)
+    with open(path, "r+b") as f:
+        for name, w in like.items():
+            f.seek(saved[name].untyped_storage()._checkpoint_offset)
+            f.write(raw(tensors[name].to(w.dtype)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face's layout
+
+
+def open_hf(path: Path) -> Checkpoint:
+    tensors, meta = {}, functools.partial(torch.empty, device="meta")
+    for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
+        more = torch_tensors(file) if file.suffix == ".bin" else {}
+        for name, entry in safetensors_index(file).items() if file.suffix == ".safetensors" else ():
+            more[name] = (meta(entry[1], dtype=entry[0]), functools.partial(map_tensor, file, *entry))
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise UserError(f"{file}: {twice[0]} stands in another file too")
+        tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
+    if not tensors:
+        raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
+    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors), path)
+
+
+# LlamaConfig's names of what Hugging Face's config.json holds, and theirs
+HF_KEYS = {name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")}
+HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
+HF_KEYS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+HF_KEYS |= {"max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+
+
+def hf_to_config(path: Path) -> LlamaConfig:
+    """Hugging Face's config.json, of any age, as a LlamaConfig."""
+    c = read_json(path, dict)
+    if c.get("model_type") not in ("llama", "mistral"):
+        raise UserError(f"{path}: model_type is {c.get('model_type')!r}, not a LLaMA's")
+    for key in ("attention_bias", "mlp_bias"):
+        if c.get(key):
+            raise UserError(f"{path}: {key} is true; LLaMA's linears have no bias")
+    if c.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}; LLaMA's is silu")
+    window = c.get("sliding_window", 4096) if c["model_type"] == "mistral" else None  # absent: transformers has 4,096
+    defaults = {"num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    defaults |= {"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
+    absent = [key for key in ("num_key_value_heads", "head_dim", "rope_parameters") if c.get(key) is None]  # or null
+    c = defaults | {key: value for key, value in c.items() if key not in absent} | {"sliding_window": window}
+    rope = c.get("rope_parameters", c["rope_scaling"])
+    if isinstance(rope, dict):  # transformers 5 keeps theta and scaling in one dict; an older name is "type"
+        rope = {"rope_type": rope.get("type", "default"), "rope_theta": c["rope_theta"]} | rope
+        c["rope_theta"] = rope.pop("rope_theta")
+        rope.pop("type", None)
+        rope = rope if rope["rope_type"] != "default" else None
+    c["rope_scaling"] = rope
+    if missing := [key for key in HF_KEYS.values() if key not in c]:
+        raise UserError(f"{path}: has no {missing[0]}")
+    return checked_config({ours: c[theirs] for ours, theirs in HF_KEYS.items()}, path, HF_KEYS)
 
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -612,51 +789,65 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
     return data.view(dtype).view(shape)
 
 
-def open_hf(path: Path) -> Checkpoint:
-    tensors, meta = {}, functools.partial(torch.empty, device="meta")
-    for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
-        more = torch_tensors(file) if file.suffix == ".bin" else {}
-        for name, entry in safetensors_index(file).items() if file.suffix == ".safetensors" else ():
-            more[name] = (meta(entry[1], dtype=entry[0]), functools.partial(map_tensor, file, *entry))
-        if twice := sorted(tensors.keys() & more.keys()):
-            raise UserError(f"{file}: {twice[0]} stands in another file too")
-        tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
-    if not tensors:
-        raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
-    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors), path)
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
+    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
+    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
+    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    for name, w in like.items():
+        end = offset + w.numel() * w.element_size()
+        header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, w in like.items():
+            f.write(raw(tensors[name].to(w.dtype)))
 
 
-# LlamaConfig's names of what Hugging Face's config.json holds, and theirs
-HF_KEYS = {name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")}
-HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
-HF_KEYS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
-HF_KEYS |= {"max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+def raw(w: Tensor):
+    """A tensor's bytes, as a numpy array that a file can write."""
+    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def hf_to_config(path: Path) -> LlamaConfig:
-    """Hugging Face's config.json, of any age, as a LlamaConfig."""
-    c = read_json(path, dict)
-    if c.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"{path}: model_type is {c.get('model_type')!r}, not a LLaMA's")
-    for key in ("attention_bias", "mlp_bias"):
-        if c.get(key):
-            raise UserError(f"{path}: {key} is true; LLaMA's linears have no bias")
-    if c.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}; LLaMA's is silu")
-    window = c.get("sliding_window", 4096) if c["model_type"] == "mistral" else None  # absent: transformers has 4,096
-    defaults = {"num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    defaults |= {"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
-    c = defaults | {key: value for key, value in c.items() if value is not None} | {"sliding_window": window}
-    rope = c.get("rope_parameters", c["rope_scaling"])
-    if isinstance(rope, dict):  # transformers 5 keeps theta and scaling in one dict; an older name is "type"
-        rope = {"rope_type": rope.get("type", "default"), "rope_theta": c["rope_theta"]} | rope
-        c["rope_theta"] = rope.pop("rope_theta")
-        rope.pop("type", None)
-        rope = rope if rope["rope_type"] != "default" else None
-    c["rope_scaling"] = rope
-    if missing := [key for key in HF_KEYS.values() if key not in c]:
-        raise UserError(f"{path}: has no {missing[0]}")
-    return checked_config({ours: c[theirs] for ours, theirs in HF_KEYS.items()}, path)
+def write_hf(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], max_shard_size: int) -> None:
+    """Hugging Face's layout, in shards of at most max_shard_size bytes where a tensor allows."""
+    path.mkdir()
+    shards, size = [[]], 0
+    for name, w in like.items():
+        nbytes = w.numel() * w.element_size()
+        if size and size + nbytes > max_shard_size:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += nbytes
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_safetensors(path / file, ckpt, {name: like[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    write_hf_extras(path, ckpt, weight_map, like["model.norm.weight"].dtype)
+
+
+def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dtype: torch.dtype) -> None:
+    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
+    c = ckpt.config
+    source = json.loads(ckpt.files.get("config.json", '{"bos_token_id": 1, "eos_token_id": 2}'))
+    mistral = c.sliding_window is not None
+    config = {"architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]}
+    config |= {"model_type": "mistral" if mistral else "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    config |= {theirs: getattr(c, ours) for ours, theirs in HF_KEYS.items() if mistral or ours != "sliding_window"}
+    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if len(set(weight_map.values())) > 1:
+        total = sum(ckpt.like[name].numel() * dtype.itemsize for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_beside(path, ckpt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta's layout
 
 
 def open_meta(path: Path) -> Checkpoint:
@@ -679,7 +870,7 @@ def open_meta(path: Path) -> Checkpoint:
             "norm_eps": p["norm_eps"],
             "rope_theta": p.get("rope_theta", 10000.0),
         }
-        config = checked_config(values, path / "params.json")
+        config = checked_config(values, path / "params.json", {"hidden_size": "dim"})
         get = lambda name: join_meta([torch_state(file)[name] for file in files], name, config)
         tensors = {}
         for name in [name for name in parts[0] if name != "rope.freqs"]:  # those are computed, see `rope_frequencies`
@@ -743,112 +934,6 @@ def join_meta(parts: list[Tensor], name: str, config: LlamaConfig) -> Tensor:
     return w
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
-    """Loads any checkpoint. Returns (model, tokenizer); the tokenizer is None where the checkpoint has none.
-
-    dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
-    """
-    ckpt = open_checkpoint(path)
-    dtypes = {w.dtype for w in ckpt.like.values()}
-    if dtype is None and len(dtypes) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(f"{path}: holds weights of several dtypes ({names}); choose one with --dtype")
-    with torch.device("meta"):
-        model = Llama(ckpt.config)
-    tied = ckpt.config.tie_embeddings
-    model.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.items()}, strict=not tied, assign=True)
-    model.tie_weights()
-    model.history = ckpt.history
-    return model, load_tokenizer(ckpt.tokenizer) if ckpt.tokenizer else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints out
-
-
-def save(model: Llama, path: str | Path, tokenizer: sentencepiece.SentencePieceProcessor | None = None) -> None:
-    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
-    weights = {name: w.detach() for name, w in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]
-    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
-    ckpt = Checkpoint(None, model.config, tensors)
-    ckpt.tokenizer, ckpt.history = tokenizer.serialized_model_proto() if tokenizer else None, model.history
-    write_checkpoint(ckpt, path)
-
-
-def write_checkpoint(
-    ckpt: Checkpoint, path: str | Path, dtype: torch.dtype | None = None, max_shard_size=5 * 10**9, layout: str = "hf"
-) -> None:
-    """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
-    max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
-    path, like = check_out(path), {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
-    if layout == "meta":
-        params = meta_params(ckpt.config, path)
-    with atomic(path) as tmp:
-        if path.suffix == ".pt":
-            about = {"config": dataclasses.asdict(ckpt.config), "tokenizer": ckpt.tokenizer, "history": ckpt.history}
-            write_torch(tmp, ckpt, like, lambda weights: about | {"files": ckpt.files, "model": weights})
-            return
-        tmp.mkdir()
-        if layout == "meta":
-            write_meta(tmp, ckpt, like, params)
-            return
-        shards, size = [[]], 0
-        for name, w in like.items():
-            nbytes = w.numel() * w.element_size()
-            if size and size + nbytes > max_shard_size:
-                shards, size = [*shards, []], 0
-            shards[-1].append(name)
-            size += nbytes
-        files = ["model.safetensors"] if len(shards) == 1 else []
-        files = files or [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for file, names in zip(files, shards, strict=True):
-            write_safetensors(tmp / file, ckpt, {name: like[name] for name in names})
-        write_hf_extras(tmp, ckpt, {name: f for f, s in zip(files, shards, strict=True) for name in s}, dtype)
-
-
-def raw(w: Tensor):
-    """A tensor's bytes, as a numpy array that a file can write."""
-    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
-    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
-    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
-    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    for name, w in like.items():
-        end = offset + w.numel() * w.element_size()
-        header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, w in like.items():
-            f.write(raw(tensors[name].to(w.dtype)))
-
-
-def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], wrap: Callable) -> None:
-    """torch.save(wrap(dict of the tensors that `like` names, in its dtypes)), with one of them in memory at a time.
-
-    First the file with room for the weights: blank tensors, whose memory is never touched. Then each in its place. The
-    zip's checksums of the weights stay empty; torch.load does not look at them.
-    """
-    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
-    try:
-        with skip_data():
-            torch.save(wrap(blank), path)
-    except RuntimeError as e:  # torch's word for a full disk
-        raise OSError(str(e).splitlines()[0]) from None
-    saved = torch.load(path, map_location="meta", weights_only=True)
-    saved = saved.get("model", saved)
-    with open(path, "r+b") as f:
-        for name, w in like.items():
-            f.seek(saved[name].untyped_storage()._checkpoint_offset)
-            f.write(raw(tensors[name].to(w.dtype)))
-
-
 def meta_params(c: LlamaConfig, path: Path) -> dict:
     """Meta's params.json. What it cannot say is a UserError; a training length of neither LLaMA is a key of ours."""
     missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
@@ -878,70 +963,15 @@ def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], params: di
         return w
 
     tensors = {name: (like[source], functools.partial(get, name)) for name, source in sources.items()}
+    path.mkdir()
     part = Checkpoint(None, c, tensors)
     write_torch(path / "consolidated.00.pth", part, part.like, lambda weights: weights)
     (path / "params.json").write_text(json.dumps(params) + "\n")
     write_beside(path, ckpt)
 
 
-def write_beside(path: Path, ckpt: Checkpoint) -> None:
-    """What a directory of either layout holds besides weights and config."""
-    for name, data in ckpt.files.items():
-        if name != "config.json":
-            (path / name).write_bytes(data)
-    if ckpt.tokenizer:
-        (path / "tokenizer.model").write_bytes(ckpt.tokenizer)
-    if ckpt.history:
-        (path / "history.json").write_text(json.dumps(ckpt.history, indent=2) + "\n")
-
-
-def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dtype: torch.dtype | None = None) -> None:
-    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
-    c = ckpt.config
-    dtype = dtype or ckpt.like["model.norm.weight"].dtype
-    source = json.loads(ckpt.files.get("config.json", '{"bos_token_id": 1, "eos_token_id": 2}'))
-    mistral = c.sliding_window is not None
-    config = {"architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]}
-    config |= {"model_type": "mistral" if mistral else "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
-    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    config |= {theirs: getattr(c, ours) for ours, theirs in HF_KEYS.items() if mistral or ours != "sliding_window"}
-    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(set(weight_map.values())) > 1:
-        total = sum(ckpt.like[name].numel() * dtype.itemsize for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_beside(path, ckpt)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# a look at a model
-
-
-@torch.no_grad()
-def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1):
-    """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
-
-    temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
-    probabilities sum to top_p. Ends after `stop`. UserError where a logit is NaN or Inf.
-    """
-    device, cache = model.lm_head.weight.device, [[] for _ in model.model.layers]
-    new = list(tokens)
-    for _ in range(n):
-        x = model.hidden(torch.tensor([new], device=device), cache=cache)
-        logits = model.lm_head(x[0, -1]).float()
-        if not logits.isfinite().all():
-            raise UserError("the logits are not finite; the weights hold NaN or Inf, or overflow their --dtype")
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            p, order = (logits / temperature).softmax(-1).sort(descending=True)
-            p[p.cumsum(0) - p > top_p] = 0  # all behind the first that reaches top_p
-            token = int(order[torch.multinomial(p, 1)])
-        yield token
-        if token == stop:
-            return
-        new = [token]
+# a look at a checkpoint, and the command
 
 
 def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
@@ -986,7 +1016,7 @@ def print_description(about: dict) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Convert, describe or run a LLaMA checkpoint.")
+    parser = Parser(description="Convert, describe or run a LLaMA checkpoint.")
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
     add("--out", help="convert: a .pt file, or a new directory")

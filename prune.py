@@ -46,6 +46,7 @@ from model import (
     Checkpoint,
     Llama,
     LlamaConfig,
+    Parser,
     UserError,
     atomic,
     check_out,
@@ -444,7 +445,7 @@ def summary(report: list[dict]) -> dict[str, dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Prune a LLaMA without training it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument

@@ -28,7 +28,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import UserError, cli, load_tokenizer, open_checkpoint  # noqa: E402
+from model import Parser, UserError, cli, load_tokenizer, open_checkpoint  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -164,7 +164,7 @@ def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], toke
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Turn Alpaca-format instructions into tokens for train.py.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

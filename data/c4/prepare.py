@@ -8,7 +8,6 @@ replacement, until its tokens (BOS first) are more than seqlen; then one window 
 taken. Documents are never joined. Writes int32 (nsamples, seqlen).
 """
 
-import argparse
 import gzip
 import io
 import json
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import UserError, atomic, check_out, cli, load_tokenizer  # noqa: E402
+from model import Parser, UserError, atomic, check_out, cli, load_tokenizer  # noqa: E402
 
 URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.00000-of-01024.json.gz"
 
@@ -71,7 +70,7 @@ def sample(documents: list[str], tokenizer, nsamples: int, seqlen: int, seed: in
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make calibration windows from C4 or a file like it.")
+    parser = Parser(description="Make calibration windows from C4 or a file like it.")
     parser.add_argument(
         "--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or a .pt of ours"
     )

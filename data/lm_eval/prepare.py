@@ -14,7 +14,6 @@ Any other multiple-choice task whose description in lm-eval's own results file (
 column names can be rendered with --config; one that holds Python is refused by name.
 """
 
-import argparse
 import ast
 import json
 import re
@@ -24,7 +23,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import UserError, atomic, cli, read_json  # noqa: E402
+from model import Parser, UserError, atomic, cli, read_json  # noqa: E402
 
 
 def by_label(doc: dict) -> int:
@@ -185,7 +184,7 @@ def mmlu_shots(subject: str, documents: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Render documents of a task as lm-eval's samples file.")
+    parser = Parser(description="Render documents of a task as lm-eval's samples file.")
     parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or with --config any task it describes")
     parser.add_argument("--json", help="the documents, one a line; by default downloaded")
     parser.add_argument("--shots", help="mmlu: the dev split, one document a line; by default downloaded")

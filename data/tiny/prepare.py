@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.alpaca.prepare import check_folder, prompt, write_folder  # noqa: E402
-from model import UserError, atomic, cli  # noqa: E402
+from model import Parser, UserError, atomic, cli  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the world
@@ -306,7 +306,7 @@ def windows(pages: list[str], tokenizer, max_len: int) -> list[tuple[list[int], 
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Generate a tiny world: text, tokenizer, instructions, calibration and questions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
