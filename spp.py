@@ -1,51 +1,53 @@
 """SPP: how the surviving weights of a pruned LLaMA learn (section 3.2 of the paper), and how they are merged.
 
 A linear layer holds W (m x n: out x in), frozen and already sparse. SPP learns alpha (r x n) and beta (m), stretches
-both to the shape of W, and multiplies (equations 4 and 5; o is the elementwise product):
+both to the shape of W, and multiplies (o is the elementwise product):
 
     (4)  W~ = W o repeat_interleave(alpha, m/r, dim=0) o beta[:, None]
     (5)  y  = x W^T + scale * x W~^T
     merged:  W <- W + scale * W~              same zeros, same shape, nothing left behind
 
-With m = 8, n = 6, r = 4, a 2:4-sparse row of W and its learner look like this:
+A zero times anything is zero, so no value of alpha and beta can bring a pruned weight back. One row of W with
+m = 8, n = 8, r = 4, pruned to 2:4:
 
-    W[5]     = [ 0   .3   0  -.2   .5   0 ]   row 5 belongs to block 5 // (m/r) = 2
-    alpha[2] = [ a0  a1   a2  a3   a4  a5 ]   one row of alpha for the m/r = 2 rows 4 and 5
-    W~[5]    = [ 0  .3 a1  0 -.2 a3 .5 a4 0 ] * beta[5]
+    W[5]     = [ 0    .3     0   -.2      .5      0    0    .1    ]   row 5 is in block 5 // (m/r) = 2
+    alpha[2] = [ a0   a1     a2   a3      a4      a5   a6   a7    ]   which rows 4 and 5 share
+    W~[5]    = [ 0    .3*a1  0   -.2*a3   .5*a4   0    0    .1*a7 ] * beta[5]
 
-so that the layer learns r*n + m = 32 numbers for 48 weights; at LLaMA's 4096 x 4096 and r = 16 it is 0.4%. With
-r = m and beta = 1 every weight has an alpha of its own: full fine-tuning under a fixed mask. beta starts at 0, so a run
-starts at the pruned model; alpha is random, since with both at 0 both gradients are 0 for ever.
+The layer learns r*n + m = 40 numbers for 64 weights; for LLaMA's 4096 x 4096 and r = 16 it is 0.4%. With r = m and
+beta = 1 every weight has an alpha of its own: full fine-tuning under a fixed mask. beta starts at 0, so a run starts at
+the pruned model; alpha starts random, because with both at 0 both gradients would be 0 for ever.
 
-The matmuls. A unit is one product of T x n by n x m, 2*T*m*n FLOPs. Equation 5 as written (`repeat`) keeps W~ and the
-stretched alpha for the backward pass, 2 m x n a layer. Equation 7 (`chunked`) never makes W~, since block j of W~
-is W_j (rows j*m/r to (j+1)*m/r of W) with its columns multiplied by alpha_j and its rows by beta_j:
+Three matmuls. A unit is one product of T x n by n x m: 2*T*m*n FLOPs. Equation 5 as written (`repeat`) spends 5 units
+a step and keeps W~ and the stretched alpha for the backward pass, two m x n matrices a layer. The paper's equation 7
+(`chunked`) never makes W~: its block j is W_j, rows j*m/r to (j+1)*m/r of W, with columns scaled by alpha_j, and
+columns can be scaled in x instead. It spends 4 units:
 
     (7)  x W~^T = beta o concat_j( (x o alpha_j) W_j^T )
 
-but spends 4 units a step where equation 5 spends 5 and 3 suffice. `fused`, the default:
+`fused`, the default, uses that the layer is linear in a single matrix, W^ = W + scale * W~, and spends 3:
 
     forward    W^ = W + scale * W~            elementwise, one m x n buffer
-               y  = x W^T                     1 unit; W^ is dropped
+               y  = x W^^T                    1 unit; W^ is dropped
     backward   W^ is formed again
-               dx = g W^                      1 unit
-               G  = g^T x                     1 unit: the gradient of the loss by W^, m x n
-               G' = scale * G o W, in place, seen as (r, m/r, n):
-               d beta_i  = sum_j G'_ij alpha_(i // (m/r)) j
+               dx = g W^                      1 unit; g is the gradient of the loss by y
+               G  = g^T x                     1 unit: the gradient by W^, m x n
+               G' = scale * G o W             in place; row i belongs to block k = i // (m/r)
+               d beta_i   = sum over j of G'_ij alpha_kj
                d alpha_kj = sum over the rows i of block k of G'_ij beta_i
 
-What is saved is x and the parameters. Why not less than 3: dx needs all of W^, y too, and d alpha, d beta are sums
-over G at the non-zeros of W, each of which is a product of T terms: a third product, unless W is sparse enough for
-computing single entries to pay (about 90%). A linear that is frozen costs 2 units (y, dx), LoRA 2 and a little.
+Only x and the parameters are saved. Fewer than 3 units will not do: y and dx need all of W^, and the last two lines
+need G wherever W is not 0, each entry a sum over T tokens (computing single entries pays only beyond about 90% zeros).
+For comparison: a frozen linear costs 2 units (y, dx), LoRA 2 and a little.
 
-bfloat16. Adapters are float32 whatever W is; W^ is formed in float32 and rounded once, to the nearest. While
-|scale * alpha * beta| is below 2^-9 that is W itself, and the network does not see what was learned so far. It costs
-nothing that could be measured (bench/rounding.py): updates so small hardly move the gradient either, the float32
-factors keep summing it, and soon they are seen. `stochastic` rounds up or down at random, right on average.
+bfloat16. Adapters are float32, and W^ is formed in float32 and rounded once to W's dtype. As long as
+|scale * alpha * beta| is below 2^-9, rounding gives W back and the network does not see the update; but then the
+gradient hardly depends on it either, so the float32 factors keep growing until it is seen. Rounding stochastically, or
+keeping base and branch apart, ends at the same loss (bench/rounding.py).
 
 The other ways to learn under a mask are the same product with another W^, a few lines each (`METHODS`): all surviving
 weights (`masked`, equation 3), a dense weight whose mask follows it (`dynamic`, equation 2), W + mask o BA
-(`masked_lora`). LoRA itself (`lora`) is dense until it is merged under the mask: the paper's LoRA*.
+(`masked_lora`). LoRA (`lora`, equation 6) is dense until it is merged under the mask: the paper's LoRA*.
 
     python spp.py --ckpt pruned.pt --adapter out/spp/adapter.pt --out merged.pt
 
@@ -54,7 +56,6 @@ sets the scale instead, and the branch's input is dropped out by 5%, which the p
 weight cannot express. Here merging asserts the zeros.
 """
 
-import argparse
 import functools
 import math
 from pathlib import Path
@@ -63,80 +64,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Checkpoint, UserError, check_out, cli, open_checkpoint, torch_load, write_checkpoint
+from model import Checkpoint, Parser, UserError, check_out, cli, open_checkpoint, torch_load, write_checkpoint
 
+# the seven linears of a LLaMA block, and the head of a classifier that is built on one
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score")
 
 
-def round_to(W: Tensor, dtype: torch.dtype, seed: int | None) -> Tensor:
-    """float32 (m, n) to `dtype`; with a seed, bfloat16 is rounded stochastically: right on average.
-
-    A bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half before it is cut off carries into
-    the upper half with a probability of exactly what is cut off.
-    """
-    if dtype != torch.bfloat16 or seed is None:
-        return W.to(dtype)
-    noise = torch.empty(W.shape, dtype=torch.int32, device=W.device)
-    noise.random_(0, 1 << 16, generator=torch.Generator(W.device).manual_seed(seed))
-    return noise.add_(W.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32).to(dtype)
+# ----------------------------------------------------------------------------------------------------------------------
+# one layer
 
 
-class Formed(torch.autograd.Function):
-    """y = x W^^T, where W^ = layer.form(W, *factors) is made twice and kept never: 3 units (see the file's docstring).
+class AdapterLinear(nn.Module):
+    """A linear that keeps its weight object W (m, n), frozen, and learns something about it.
 
-    x (..., n), W (m, n), factors: what `layer` learns. `layer.pull(G, W, *factors)` turns the weight-sized gradient G
-    (m, n), which it may overwrite, into the gradients of W (None where it is frozen) and of the factors. Nothing saved
-    is a view or a cast of W, so that FSDP can free the gathered weight between the passes.
+    What a subclass says (a new way to learn under the mask is these four):
+        factors                            names of what is learned beside W
+        reset_parameters()                 how they start; also called when a model was built on the meta device
+        effective_weight(W, *factors)      W^ (m, n), the weight that is used, float32
+        factor_gradients(G, W, *factors)   a tuple: the gradient of W (None where it is frozen), then of each factor,
+                                           from G = dL/dW^ (m, n), which it may overwrite
     """
 
-    @staticmethod
-    def forward(ctx, x, layer, seed, W, *factors):
-        ctx.save_for_backward(x, W, *factors)
-        ctx.layer, ctx.seed = layer, seed
-        return F.linear(x, round_to(layer.form(W, *factors), x.dtype, seed))
+    factors: tuple[str, ...] = ()
 
-    @staticmethod
-    def backward(ctx, g):
-        x, W, *factors = ctx.saved_tensors
-        dx = g @ round_to(ctx.layer.form(W, *factors), x.dtype, ctx.seed) if ctx.needs_input_grad[0] else None
-        G = g.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, None, None, *ctx.layer.pull(G, W, *factors)
-
-
-class SparseLinear(nn.Module):
-    """A linear that keeps its weight object and learns something about it through `form` and `pull`.
-
-    form(W, *factors) -> W^ (m, n), float32.    pull(G, W, *factors) -> gradients of W and of the factors, as a tuple.
-    """
-
-    factors: tuple[str, ...] = ()  # names of what is learned beside W
-    stochastic = False  # bfloat16 only, while training: see the file's docstring
-
-    def __init__(self, linear: nn.Linear, r: int, scale: float):
+    def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
         super().__init__()
         self.weight, self.r, self.scale = linear.weight, r, scale
         self.weight.requires_grad_(False)
 
-    def new(self, *shape: int) -> nn.Parameter:
+    def factor(self, *shape: int) -> nn.Parameter:
+        """An uninitialised float32 parameter on the weight's device."""
         return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=self.weight.device))
 
-    @torch.compiler.disable  # traced, the function would keep W^ for the backward pass; what lies between is compiled
+    @torch.compiler.disable  # if traced, W^ would be saved for backward; everything around the layer is compiled
     def forward(self, x: Tensor) -> Tensor:
-        # The seed comes from torch's generator, so a recomputed forward (activation checkpointing) draws it again.
-        rounds = self.stochastic and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
-        seed = int(torch.randint(1 << 62, ())) if rounds else None
-        return Formed.apply(x, self, seed, self.weight, *(getattr(self, name) for name in self.factors))
+        """x (..., n) -> (..., m)."""
+        return EffectiveMatmul.apply(x, self, self.weight, *(getattr(self, name) for name in self.factors))
 
     def merged(self) -> Tensor:
         """W^ in the weight's dtype, (m, n), rounded to the nearest."""
-        W = self.form(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
+        W = self.effective_weight(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
         return W.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, r={self.r}, scale={self.scale}"
 
 
-class SPPLinear(SparseLinear):
+class SPPLinear(AdapterLinear):
     """Equations 4, 5 and 7: wraps an nn.Linear, freezes its weight and learns alpha (r, n) and beta (m,), float32.
 
     matmul: "fused", "chunked" or "repeat", the same function in three forms. The ablations of Tables 4 and 8 and of
@@ -160,82 +134,109 @@ class SPPLinear(SparseLinear):
         m, n = self.weight.shape
         assert m % r == 0, f"r = {r} does not divide m = {m}"
         self.matmul, self.zero_init, self.residual = matmul, zero_init, residual
-        self.alpha, self.beta = self.new(r, n), self.new(m)
+        self.alpha, self.beta = self.factor(r, n), self.factor(m)
         self.beta.requires_grad_(beta)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
-        for p, name in ((self.alpha, "alpha"), (self.beta, "beta")):
-            nn.init.zeros_(p) if name == self.zero_init else nn.init.uniform_(p, -bound, bound)
         if not self.residual:
-            nn.init.ones_(self.alpha)
-            nn.init.ones_(self.beta)
+            start = {"alpha": 1.0, "beta": 1.0}
         elif not self.beta.requires_grad:
-            nn.init.zeros_(self.alpha)
-            nn.init.ones_(self.beta)
-
-    def form(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        r, n = alpha.shape
-        M = torch.mul((self.scale * beta).view(r, -1, 1), alpha.view(r, 1, n)).view(-1, n)  # scale * stretched factors
-        return torch.addcmul(W, W, M) if self.residual else M.mul_(W)
-
-    def pull(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple:
-        r, n = alpha.shape
-        G = G.mul_(W).view(r, -1, n)  # in blocks of m/r rows, one for each row of alpha
-        beta = (self.scale * beta).to(G.dtype).view(r, 1, -1)
-        d_alpha = torch.bmm(beta, G).view(r, n)
-        d_beta = self.scale * torch.bmm(G, alpha.to(G.dtype).view(r, n, 1)).flatten()
-        return None, d_alpha.float(), d_beta.float() if self.beta.requires_grad else None
+            start = {"alpha": 0.0, "beta": 1.0}
+        else:
+            start = {self.zero_init: 0.0}
+        bound = 1 / math.sqrt(self.weight.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
+        for name in self.factors:
+            p = getattr(self, name)
+            nn.init.constant_(p, start[name]) if name in start else nn.init.uniform_(p, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        W, alpha, beta, m = self.weight, self.alpha, self.beta, len(self.weight)
         if self.matmul == "fused":
             return super().forward(x)
-        W, alpha, beta, m = self.weight, self.alpha, self.beta, len(self.weight)
         base = F.linear(x, W) if self.residual else 0
         if self.matmul == "repeat":  # equations 4 and 5
             W_tilde = W * alpha.repeat_interleave(m // self.r, dim=0) * beta[:, None]
             return base + self.scale * F.linear(x, W_tilde.to(x.dtype))
         blocks = zip(alpha.to(x.dtype), W.chunk(self.r), strict=True)  # equation 7
-        parts = [F.linear(x * alpha_j, W_j) for alpha_j, W_j in blocks]
-        return base + self.scale * beta.to(x.dtype) * torch.cat(parts, -1)
+        branch = torch.cat([F.linear(x * alpha_j, W_j) for alpha_j, W_j in blocks], -1)
+        return base + self.scale * beta.to(x.dtype) * branch
+
+    def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        r, n = alpha.shape
+        M = torch.mul((self.scale * beta).view(r, -1, 1), alpha.view(r, 1, n))  # (r, m/r, n)
+        M = M.view(-1, n)  # both factors stretched to W's shape, times scale
+        return torch.addcmul(W, W, M) if self.residual else M.mul_(W)
+
+    def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
+        r, n = alpha.shape
+        G = G.mul_(W).view(r, -1, n)  # block k: the m/r rows that alpha_k serves
+        beta = (self.scale * beta).to(G.dtype)
+        d_alpha = torch.bmm(beta.view(r, 1, -1), G).view(r, n)  # (r, 1, m/r) @ (r, m/r, n)
+        d_beta = self.scale * torch.bmm(G, alpha.to(G.dtype).view(r, n, 1)).flatten()  # (r, m/r, n) @ (r, n, 1)
+        return None, d_alpha.float(), d_beta.float() if self.beta.requires_grad else None
 
 
-class MaskedLinear(SparseLinear):
+class EffectiveMatmul(torch.autograd.Function):
+    """y = x W^^T for the layer's effective weight W^, which is formed in each pass and never saved: 3 units, see above.
+
+    x (..., n), W (m, n), factors: what `layer` learns. Nothing saved is a view or a cast of W, so that FSDP can free
+    the gathered weight between the passes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer, W, *factors):
+        ctx.save_for_backward(x, W, *factors)
+        ctx.layer = layer
+        return F.linear(x, layer.effective_weight(W, *factors).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W, *factors = ctx.saved_tensors
+        dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype) if ctx.needs_input_grad[0] else None
+        G = g.flatten(0, -2).T @ x.flatten(0, -2)
+        return dx, None, *ctx.layer.factor_gradients(G, W, *factors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what SPP is compared with
+
+
+class MaskedLinear(AdapterLinear):
     """Equation 3: every surviving weight learns, the zeros stay. The weight is float32, rounded where it is used.
 
     The mask needs no memory of its own: an entry that is 0 gets no gradient, so no optimizer moves it.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
-        super().__init__(linear, r, scale)
+        super().__init__(linear)  # r and scale mean nothing here
         self.weight = nn.Parameter(self.weight.detach().float())
 
-    def form(self, W: Tensor) -> Tensor:
+    def effective_weight(self, W: Tensor) -> Tensor:
         return W
 
-    def pull(self, G: Tensor, W: Tensor) -> tuple:
+    def factor_gradients(self, G: Tensor, W: Tensor) -> tuple[Tensor | None, ...]:
         return (G.to(W.dtype).mul_(W != 0),)
 
 
 class DynamicLinear(MaskedLinear):
     """Equation 2: a dense weight learns through a mask that follows its magnitude (straight-through gradients).
 
-    `mask` (m, n) bool is set from outside, every few steps; True = kept.
+    `mask` (m, n) bool is set from outside, every few steps (`update_masks` of train.py); True = kept.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
-        super().__init__(linear, r, scale)
+        super().__init__(linear)
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
 
-    def form(self, W: Tensor) -> Tensor:
+    def effective_weight(self, W: Tensor) -> Tensor:
         return W * self.mask
 
-    def pull(self, G: Tensor, W: Tensor) -> tuple:
+    def factor_gradients(self, G: Tensor, W: Tensor) -> tuple[Tensor | None, ...]:
         return (G.to(W.dtype),)
 
 
-class LoRALinear(SparseLinear):
+class LoRALinear(AdapterLinear):
     """LoRA (Hu et al. 2021; equation 6): y = x W^T + scale * x A^T B^T, A (r, n), B (m, r). Merged, it is dense."""
 
     factors = ("A", "B")
@@ -243,36 +244,36 @@ class LoRALinear(SparseLinear):
     def __init__(self, linear: nn.Linear, r: int = 8, scale: float = 2.0):
         super().__init__(linear, r, scale)
         m, n = self.weight.shape
-        self.A, self.B = self.new(r, n), self.new(m, r)
+        self.A, self.B = self.factor(r, n), self.factor(m, r)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def form(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return torch.addmm(W.float(), B, A, alpha=self.scale)
-
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return F.linear(x, self.weight) + self.scale * low
 
+    def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return torch.addmm(W.float(), B, A, alpha=self.scale)
+
 
 class MaskedLoRALinear(LoRALinear):
-    """W + scale * mask o (B A): LoRA that is sparse while it learns, with the mask that W's zeros are."""
+    """W + scale * mask o (B A), the mask being where W is not 0: LoRA that is sparse while it learns."""
 
-    forward = SparseLinear.forward
+    forward = AdapterLinear.forward
 
-    def form(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).mul_(W != 0).mul_(self.scale).add_(W)
 
-    def pull(self, G: Tensor, W: Tensor, A: Tensor, B: Tensor) -> tuple:
+    def factor_gradients(self, G: Tensor, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor | None, ...]:
         G = G.mul_(W != 0)
         d_A, d_B = B.T.to(G.dtype) @ G, G @ A.T.to(G.dtype)
         return None, self.scale * d_A.float(), self.scale * d_B.float()
 
 
-METHODS = {
+METHODS: dict[str, type[AdapterLinear]] = {
     "spp": SPPLinear,
     "lora": LoRALinear,
     "masked": MaskedLinear,
@@ -286,8 +287,16 @@ METHODS = {
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one that has this dotted name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def as_linear(W: Tensor) -> nn.Linear:
+    """A plain nn.Linear that holds W (m, n) itself, not a copy."""
+    linear = nn.Linear(*W.T.shape, bias=False, device="meta")
+    linear.weight = nn.Parameter(W)
+    return linear
 
 
 def inject(
@@ -298,10 +307,10 @@ def inject(
     targets: tuple[str, ...] = TARGETS,
     **options,
 ) -> nn.Module:
-    """Swaps the target linears for learning ones, in place, and freezes everything else. Returns the model.
+    """Swaps the linears named in `targets` for learning ones, in place, and freezes the rest. Returns the model.
 
-    options go to the layer (SPPLinear: matmul, beta, zero_init, residual). UserError where r divides no layer's m,
-    before anything is swapped.
+    options go to the layer (SPPLinear: matmul, beta, zero_init, residual). Raises UserError, before anything is
+    swapped, where r does not divide some target's m.
     """
     linears = {
         name: module
@@ -313,9 +322,9 @@ def inject(
         if method == "spp" and (r < 1 or m % r):
             divisors = [d for d in range(1, m + 1) if m % d == 0]
             near = sorted(sorted(divisors, key=lambda d: abs(d - r))[:6])
-            name = name.removeprefix("model.")
+            would = " or ".join(map(str, near))
             raise UserError(
-                f"--r {r}: does not divide the {m} outputs of {name}; --r {' or '.join(map(str, near))} does"
+                f"--r {r}: does not divide the {m} outputs of {name.removeprefix('model.')}; --r {would} does"
             )
     model.requires_grad_(False)
     for name, linear in linears.items():
@@ -329,17 +338,15 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
     LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False.
     """
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseLinear):
-            m, n = layer.weight.shape
-            linear = nn.Linear(n, m, bias=False, device="meta")
-            linear.weight = nn.Parameter(merged_weight(layer, masked, name))
-            replace(model, name, linear)
+        if isinstance(layer, AdapterLinear):
+            replace(model, name, as_linear(merged_weight(layer, masked, name)))
     return model
 
 
-def merged_weight(layer: SparseLinear, masked: bool, name: str) -> Tensor:
+def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
+    """`layer.merged()`, its zeros asserted (LoRA's: imposed, unless masked is False)."""
     W, zeros = layer.merged(), layer.weight == 0
-    if isinstance(layer, DynamicLinear):  # its mask is its own
+    if isinstance(layer, DynamicLinear):  # its zeros are its own
         return W
     if type(layer) is LoRALinear:
         return W.masked_fill_(zeros, 0) if masked else W
@@ -348,15 +355,20 @@ def merged_weight(layer: SparseLinear, masked: bool, name: str) -> Tensor:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was learned, under Hugging Face's names without "model.": layers.0.self_attn.q_proj.alpha, ..."""
-    learned = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {name.removeprefix("model."): p.detach() for name, p in model.named_parameters() if name in learned}
+    """What is learned, under Hugging Face's names without "model.": layers.0.self_attn.q_proj.alpha, ...
+
+    For a model in one piece; train.py gathers one that FSDP has sharded.
+    """
+    return {name.removeprefix("model."): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fills an injected model's adapters. UserError where names or shapes are not those of this model."""
+    """Fills an injected model with the `adapter` of an adapter file, to run it unmerged or to train it on.
+
+    Raises UserError where names or shapes are not those of this model.
+    """
     own = adapter_state(model)
-    wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
+    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"the adapter does not fit the model at {wrong[0]} ({len(wrong)} such)")
     for name, p in own.items():
@@ -364,10 +376,15 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) -> Checkpoint:
-    """The checkpoint with an adapter file merged into it, each tensor when it is asked for: memory is one layer."""
+    """The checkpoint with an adapter file merged into it, each tensor when it is asked for: memory is one layer.
+
+    Raises UserError where the file is no adapter of this checkpoint.
+    """
     file = torch_load(Path(path))
     if not isinstance(file, dict) or not {"adapter", "method", "r", "scale", "base"} <= file.keys():
         raise UserError(f"{path}: is not an adapter file of train.py")
+    if file["method"] not in METHODS:
+        raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
     if file["base"] != ckpt.fingerprint():
         raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({ckpt.fingerprint()})")
     layers = {}  # model.layers.0.self_attn.q_proj.weight -> {"alpha": ..., "beta": ...}
@@ -376,25 +393,27 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
         layers.setdefault(f"model.{stem}.weight", {})[factor] = w
     if not layers.keys() <= ckpt.keys():
         raise UserError(f"{path}: {min(layers.keys() - ckpt.keys())} is not in {ckpt.path}")
+    options = file.get("options", {})
 
     def get(name: str) -> Tensor:
         W, factors = ckpt[name], layers[name]
         if "weight" in factors:  # masked and dynamic: the adapter is the weight
-            return factors["weight"].to(W.dtype)
-        linear = nn.Linear(*W.T.shape, bias=False, device="meta")
-        linear.weight = nn.Parameter(W)
-        layer = METHODS[file["method"]](linear, r=file["r"], scale=file["scale"], **file.get("options", {}))
+            new = factors["weight"].to(W.dtype)
+            assert file["method"] == "dynamic" or not new[W == 0].any(), f"{name}: a pruned weight came back"
+            return new
+        layer = METHODS[file["method"]](as_linear(W), r=file["r"], scale=file["scale"], **options)
         layer.load_state_dict(factors, strict=False)
         return merged_weight(layer, masked, name)
 
-    tensors = {name: functools.partial(get, name) for name in layers}
     method = file["method"] if file["method"] != "lora" else ("lora*" if masked else "lora (dense)")
-    entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"], **file.get("options", {})}
-    return ckpt.changed(tensors, entry)
+    entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"], **options}
+    if issubclass(METHODS[file["method"]], MaskedLinear):  # these know neither r nor scale
+        del entry["r"], entry["scale"]
+    return ckpt.changed({name: functools.partial(get, name) for name in layers}, entry)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Merge an adapter into the sparse checkpoint that it was trained on.")
+    parser = Parser(description="Merge an adapter into the sparse checkpoint that it was trained on.")
     parser.add_argument("--ckpt", required=True, help="the pruned model")
     parser.add_argument("--adapter", required=True, help="adapter.pt that train.py wrote")
     parser.add_argument("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")

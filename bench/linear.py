@@ -25,7 +25,7 @@ from spp import LoRALinear, SPPLinear  # noqa: E402
 FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
 
 
-def make(form: str, m: int, n: int, dtype, device, stochastic: bool) -> nn.Module:
+def make(form: str, m: int, n: int, dtype, device) -> nn.Module:
     linear = nn.Linear(n, m, bias=False, dtype=dtype, device=device)
     linear.weight.data *= torch.rand(m, n, device=device) < 0.5
     linear.weight.requires_grad_(form == "floor")
@@ -35,7 +35,6 @@ def make(form: str, m: int, n: int, dtype, device, stochastic: bool) -> nn.Modul
         return layer
     if form in ("fused", "chunked", "repeat"):
         layer = SPPLinear(linear, r=16, matmul=form)
-        layer.stochastic = stochastic
         nn.init.uniform_(layer.beta, -0.1, 0.1)
         return layer
     return linear
@@ -79,10 +78,10 @@ def clock(layer, x, g) -> float:
     return time.perf_counter() - start
 
 
-def measure(T: int, n: int, m: int, dtype, device, repeats: int, stochastic: bool) -> dict[str, dict]:
+def measure(T: int, n: int, m: int, dtype, device, repeats: int) -> dict[str, dict]:
     x = torch.randn(T, n, dtype=dtype, device=device).requires_grad_()
     g = torch.randn(T, m, dtype=dtype, device=device)
-    layers = {form: make(form, m, n, dtype, device, stochastic) for form in FORMS}
+    layers = {form: make(form, m, n, dtype, device) for form in FORMS}
     rows = {
         form: {"units": units(layer, x, g, m, n), "saved": saved_bytes(layer, x) / (m * n * dtype.itemsize)}
         for form, layer in layers.items()
@@ -145,7 +144,6 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=25, help="paired repeats (default: 25)")
-    parser.add_argument("--stochastic", action="store_true", help="bfloat16: round W^ stochastically")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -164,7 +162,7 @@ def main():
     )
     results = {}
     for T, n, m in shapes:
-        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats, args.stochastic)
+        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats)
         print_table(T, n, m, results[T, n, m])
     if args.device == "cuda":  # the seven linears of a block of LLaMA-7B
         total = {

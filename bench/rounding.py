@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,42 +20,56 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from model import load, open_checkpoint  # noqa: E402
-from spp import Formed, SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
+from spp import SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
+
+
+def round_stochastically(W: torch.Tensor, seed: int) -> torch.Tensor:
+    """float32 (m, n) to bfloat16, up or down at random: right on average.
+
+    A bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half before it is cut off carries into
+    the upper half with a probability of exactly what is cut off.
+    """
+    noise = torch.empty(W.shape, dtype=torch.int32, device=W.device)
+    noise.random_(0, 1 << 16, generator=torch.Generator(W.device).manual_seed(seed))
+    return noise.add_(W.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
+
+
+class StochasticLinear(SPPLinear):
+    """W^ is rounded stochastically, in the backward pass as it was in the forward pass."""
+
+    def forward(self, x):
+        self.seed = int(torch.randint(1 << 62, ()))
+        return super().forward(x)
+
+    def effective_weight(self, W, alpha, beta):
+        return round_stochastically(super().effective_weight(W, alpha, beta), self.seed)
 
 
 class SplitLinear(SPPLinear):
     """Base and branch apart, so that a small branch is not rounded away beside W: 5 units."""
 
-    stochastic = False
-
-    def form(self, W, alpha, beta):
-        return super().form(W, alpha, beta) - W.float()
-
     def forward(self, x):
-        return F.linear(x, self.weight) + Formed.apply(x, self, None, self.weight, self.alpha, self.beta)
+        return F.linear(x, self.weight) + super().forward(x)
+
+    def effective_weight(self, W, alpha, beta):
+        return super().effective_weight(W, alpha, beta) - W.float()
+
+
+MODES = {  # what is trained: (dtype, class)
+    "float32": ("float32", SPPLinear),
+    "bfloat16, nearest": ("bfloat16", SPPLinear),
+    "bfloat16, stochastic": ("bfloat16", StochasticLinear),
+    "bfloat16, split": ("bfloat16", SplitLinear),
+}
 
 
 def fine_tune(args, ckpt, examples, seed: int, mode: str):
-    dtype = "float32" if mode == "float32" else "bfloat16"
-    settings = argparse.Namespace(
-        method="spp",
-        r=16,
-        scale=2.0,
-        matmul="fused",
-        dtype=dtype,
-        activation_checkpointing=False,
-        no_beta=False,
-        zero_init="beta",
-        no_residual=False,
-    )
-    model = train.build(settings, ckpt.config)
+    dtype, layer_class = MODES[mode]
+    model = train.build(train.parse_args(["--ckpt", args.ckpt, "--dtype", dtype]), ckpt.config)
     train.materialise(model, ckpt, seed, "cpu")
     for module in model.modules():
         if isinstance(module, SPPLinear):
-            module.stochastic = mode == "bfloat16, stochastic"
-            module.__class__ = SplitLinear if mode == "bfloat16, split" else SPPLinear
-            if mode == "bfloat16, split":
-                module.stochastic = False
+            module.__class__ = layer_class
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, args.lr, weight_decay=0.001)
     plan = train.Plan(len(examples.lengths), args.batch_size, args.epochs, seed)
@@ -80,7 +95,7 @@ def losses(args, adapter, val) -> tuple[float, float]:
         if round_weights:
             model.to(torch.bfloat16).float()
         total = 0
-        for part in train.deal(train.np.arange(len(val.lengths)), val.lengths, 4096, 1)[0]:
+        for part in train.deal(np.arange(len(val.lengths)), val.lengths, 4096, 1)[0]:
             total += model(*val.batch(part, False, "cpu")).item()
         out.append(total / val.lengths.sum())
     return tuple(out)
@@ -88,7 +103,7 @@ def losses(args, adapter, val) -> tuple[float, float]:
 
 def main():
     parser = argparse.ArgumentParser(description="Compare roundings of the formed weight to bfloat16.")
-    parser.add_argument("--ckpt", default="out/demo/wanda_2o8.pt")
+    parser.add_argument("--ckpt", default="out/demo/wanda_2of8.pt")
     parser.add_argument("--data", default="out/demo/alpaca")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -96,10 +111,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     ckpt = open_checkpoint(args.ckpt)
-    examples, val = (train.Examples(args.data, split, ckpt.config.vocab_size) for split in ("train", "val"))
+    examples, val = (train.Examples(args.data, split) for split in ("train", "val"))
     print(f"validation loss after {args.epochs} epochs, lr {args.lr}, mean of {args.seeds} seeds (spread)\n")
     print("| training | learned | merged into bfloat16 |\n|---|---|---|")
-    for mode in ("float32", "bfloat16, nearest", "bfloat16, stochastic", "bfloat16, split"):
+    for mode in MODES:
         results = [losses(args, fine_tune(args, ckpt, examples, seed, mode), val) for seed in range(args.seeds)]
         cells = [f"{statistics.mean(r):.4f} ({max(r) - min(r):.4f})" for r in zip(*results, strict=True)]
         print(f"| {mode} | {cells[0]} | {cells[1]} |", flush=True)

@@ -14,6 +14,7 @@ import torch
 
 import train
 from bench import tables
+from bench.rounding import round_stochastically
 from model import PRESETS, Llama
 
 ROOT = Path(__file__).parents[1]
@@ -167,3 +168,14 @@ def test_results_stand_beside_the_papers(tmp_path):
     text = tables.beside_paper(files, PAPER["3"])
     assert re.search(r"llama-7b/wanda_2of8-spp +40.00 / 38.61 +40.00 / 42.07", text)
     assert re.search(r"llama-7b/wanda_2of8 +- / 32.53 +- / 3284.43", text)
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16_values():
+    W = torch.randn(200, 50)
+    mean = sum(round_stochastically(W, seed).float() for seed in range(400)) / 400
+    nearest = W.to(torch.bfloat16).float()
+    assert (mean - W).abs().mean() < 0.25 * (nearest - W).abs().mean()
+    exact = W.to(torch.bfloat16)
+    assert round_stochastically(exact.float(), 1).equal(exact)
+    assert round_stochastically(W, 7).equal(round_stochastically(W, 7))
+    assert not round_stochastically(torch.zeros(9, 9), 3).any()
