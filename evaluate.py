@@ -39,7 +39,6 @@ with one, so that lm-eval's rolling scores of such pages differ by about 0.03%. 
 dtype before it compares them; here they are float32.
 """
 
-import argparse
 import ast
 import dataclasses
 import hashlib
@@ -51,10 +50,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import Llama, UserError, atomic, check_out, cli, load, rope_tables
+from model import Llama, Parser, UserError, atomic, check_out, cli, load, rope_tables
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
 
@@ -395,20 +395,28 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
 # tasks, texts, tables
 
 
-def run_task(model: Llama, tokenizer, documents: list[Document], args, bar_name: str) -> tuple[dict, list]:
-    """Scores a task. Returns its results and, for each document, its scores."""
+def run_task(
+    model: Llama,
+    tokenizer: SentencePieceProcessor,
+    documents: list[Document],
+    add_bos: bool = False,
+    batch_tokens: int = 8192,
+    share: bool = True,
+    name: str | None = None,
+) -> tuple[dict, list]:
+    """Scores a task. Returns its results and, for each document, its scores. name: show a bar of this name."""
     max_len = model.config.max_seq_len
     if is_rolling(documents[0]):
         windows = []
         for d in documents:
-            tokens = [tokenizer.bos_id()] * args.add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts it too
+            tokens = [tokenizer.bos_id()] * add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts it too
             windows.append(rolling_windows(tokens, tokenizer.bos_id(), max_len))
-        flat, tokens = score(model, [[w] for ws in windows for w in ws], args.batch_tokens, share=False)
+        flat, tokens = score(model, [[w] for ws in windows for w in ws], batch_tokens, share=False)
         lls = iter(s[0][0] for s in flat)
         scores = [[(sum(next(lls) for _ in ws), False)] for ws in windows]
         return rolling_metrics(documents, [s[0][0] for s in scores]) | {"tokens": tokens}, scores
-    encoded = [[encode_pair(tokenizer, *pair, args.add_bos, max_len) for pair in d.pairs] for d in documents]
-    bar = tqdm(total=len(documents), desc=bar_name, unit="doc", disable=None if args.rank == 0 else True)
+    encoded = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in d.pairs] for d in documents]
+    bar = tqdm(total=len(documents), desc=name, unit="doc", disable=None if name else True)
     right = []
 
     def say(i, s):
@@ -416,7 +424,7 @@ def run_task(model: Llama, tokenizer, documents: list[Document], args, bar_name:
         bar.update()
         bar.set_postfix_str(f"acc {sum(right) / len(right):.3f}", refresh=False)
 
-    scores, tokens = score(model, encoded, args.batch_tokens, not args.no_sharing, say)
+    scores, tokens = score(model, encoded, batch_tokens, share, say)
     bar.close()
     judged = [judge(d, s) for d, s in zip(documents, scores, strict=True)]
     return summarise(judged) | {"tokens": tokens}, scores
@@ -506,7 +514,7 @@ def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Score multiple-choice tasks from lm-eval's samples files, and the perplexity of texts.",
         epilog="Perplexity is Wanda's: one BOS at the very start of the text, windows of --seqlen tokens, the tail "
         "that does not fill a window dropped, each window alone, its first token not predicted.",
@@ -535,7 +543,8 @@ def main():
         raise UserError("--batch_tokens: expected 1 or more, --seqlen: 2 or more")
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: must end in .json")
-    out, args.rank = check_out(args.out), int(os.environ.get("RANK", 0))
+    out = check_out(args.out)
+    rank = int(os.environ.get("RANK", 0))
     tasks = {}
     for path in args.tasks:
         name, documents = read_task(path)
@@ -567,15 +576,16 @@ def main():
     done = done if done.get("key") == key else {"key": key, "results": {}, "perplexity": {}}
 
     def keep():
-        if args.rank == 0:
+        if rank == 0:
             with atomic(kept) as tmp:
                 tmp.write_text(json.dumps(done))
 
     for name, documents in tasks.items():
         digest = hashlib.sha256(json.dumps([d.record["arguments"] for d in documents]).encode()).hexdigest()
         if done["results"].get(name, {}).get("digest") != digest:
-            result, scores = run_task(model, tokenizer, documents, args, name)
-            if args.log_samples and args.rank == 0:
+            settings = (args.add_bos, args.batch_tokens, not args.no_sharing, name if rank == 0 else None)
+            result, scores = run_task(model, tokenizer, documents, *settings)
+            if args.log_samples and rank == 0:
                 log_samples(args.log_samples, name, documents, scores)
             done["results"][name] = result | {"digest": digest}
             keep()
@@ -590,7 +600,7 @@ def main():
         for part, names in (("results", tasks), ("perplexity", texts))
     )
     results |= aggregates(results)
-    if args.rank == 0:
+    if rank == 0:
         with atomic(out) as tmp:
             tmp.write_text(json.dumps(about | {"results": results, "perplexity": ppl}, indent=2) + "\n")
         kept.unlink(missing_ok=True)

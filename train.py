@@ -54,7 +54,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +66,8 @@ from model import (
     PRESETS,
     Checkpoint,
     Llama,
+    LlamaConfig,
+    Parser,
     UserError,
     atomic,
     check_out,
@@ -79,7 +81,7 @@ from model import (
     write_checkpoint,
 )
 from prune import keep_mask, parse_sparsity
-from spp import DynamicLinear, inject, merge_checkpoint
+from spp import METHODS, DynamicLinear, inject, merge_checkpoint
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -93,8 +95,8 @@ PAPER = {
 PAPER_LENGTH = 512  # tokens; so a micro-batch of 8 is at most 4,096 padded tokens
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
         description="Fine-tune a pruned LLaMA with SPP (or a baseline) and merge the result.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -108,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--method",
         default="spp",
-        choices=("spp", "lora", "masked", "dynamic", "masked_lora", "full"),
+        choices=(*METHODS, "full"),
         help="what learns",
     )
     add("--r", type=int, default=16, help="rows of alpha (SPP), or the rank of LoRA")
@@ -146,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     add("--save_interval", type=int, default=200, help="steps between saved states")
     add("--resume", action="store_true", help="go on from the newest state in --out_dir")
     add("--dry_run", type=int, nargs="?", const=1, metavar="N", help="print what N processes would need, and stop")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def parse_args() -> argparse.Namespace:
 class Examples:
     """A split of prepared data: `tokens` of all examples end to end, `offsets` (N + 1), `prompt` lengths (N)."""
 
-    def __init__(self, folder: str | Path, split: str, vocab_size: int):
+    def __init__(self, folder: str | Path, split: str):
         names = [Path(folder) / f"{split}{suffix}.npy" for suffix in ("", ".offsets", ".prompt")]
         try:
             self.tokens, self.offsets, self.prompt = (np.load(name, mmap_mode="r") for name in names)
@@ -167,8 +169,6 @@ class Examples:
         n = len(self.offsets) - 1
         if n < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or len(self.prompt) != n:
             raise UserError(f"--data {folder}: {split}.offsets.npy and {split}.prompt.npy do not fit {split}.npy")
-        if len(self.tokens) and self.tokens.max() >= vocab_size:
-            raise UserError(f"--data {folder}: token id {self.tokens.max()} is not among the model's {vocab_size}")
         # What is computed for an example: one position per target, so one less than its tokens.
         self.lengths = np.diff(self.offsets) - 1
         if n and self.lengths.min() < 1:
@@ -250,6 +250,28 @@ class Plan:
         epoch, i = divmod(step, self.per_epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def read_data(args, config: LlamaConfig, ckpt: Checkpoint | None, processes: int) -> tuple[Examples, Examples]:
+    """The training and the held-out examples. UserError where they are not this model's or leave a process idle."""
+    data = Path(args.data)
+    train, val = Examples(data, "train"), Examples(data, "val")
+    if tokenizer := ckpt.tokenizer if ckpt else args.tokenizer:
+        proto = load_tokenizer(tokenizer).serialized_model_proto()
+        if hashlib.sha256(proto).hexdigest() != read_json(data / "meta.json", dict).get("tokenizer_sha256"):
+            raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; prepare it again")
+    for examples in (train, val):
+        if (largest := examples.tokens.max(initial=0)) >= config.vocab_size:
+            raise UserError(f"--data {data}: token id {largest} is not among the model's {config.vocab_size}")
+    if not len(train.lengths):
+        raise UserError(f"--data {data}: holds no training example")
+    longest = int(max(train.lengths.max(), val.lengths.max(initial=0)))
+    config.check_length(longest, f"--data {data}")
+    if longest > args.max_tokens:
+        raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
+    if min(args.batch_size, len(train.lengths)) < processes:
+        raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {processes} processes")
+    return train, val
 
 
 def fingerprint(folder: Path) -> str:
@@ -353,6 +375,16 @@ def write_state(path: Path, state: dict) -> None:
         torch.save(state, tmp)
     for old in sorted(path.parent.glob("step-*.pt"))[:-2]:
         old.unlink()
+
+
+def write_adapter(path: Path, tensors: dict[str, Tensor], args, base: str) -> None:
+    """The adapter file, from what `learned` returns: a dict of `adapter`, `method`, `r`, `scale`, `base`, `options`."""
+    for name in [name for name in tensors if name.endswith(".mask")]:  # dynamic: what is kept of the weight
+        tensors[name.replace(".mask", ".weight")] *= tensors.pop(name)
+    adapter = {name.removeprefix("model."): w for name, w in tensors.items()}
+    about = {"method": args.method, "r": args.r, "scale": args.scale, "base": base, "options": spp_options(args)}
+    with atomic(path) as tmp:
+        torch.save({"adapter": adapter} | about, tmp)
 
 
 def newest_state(out_dir: Path, say) -> dict:
@@ -582,16 +614,6 @@ def resolve(args, config, ckpt: Checkpoint | None) -> None:
         args.dtype = "float32" if weights == torch.float32 else "bfloat16"
 
 
-def check_tokenizer(data: Path, ckpt: Checkpoint | None, args) -> None:
-    """Refuses data that another tokenizer made than the checkpoint's."""
-    prepared = read_json(data / "meta.json")
-    tokenizer = ckpt.tokenizer if ckpt else args.tokenizer
-    if tokenizer:
-        proto = load_tokenizer(tokenizer).serialized_model_proto()
-        if hashlib.sha256(proto).hexdigest() != prepared["tokenizer_sha256"]:
-            raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; prepare it again")
-
-
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear warm-up over a share of the steps, then linear decay towards 0."""
     rise = math.ceil(warmup * steps)
@@ -610,6 +632,18 @@ def catch_signals() -> list[int]:
     for n in numbers:
         signal.signal(n, catch)
     return caught
+
+
+def join_processes(device: str, world: int) -> DeviceMesh:
+    """The process group that torchrun has prepared, or without torchrun a group of one, as a mesh."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world == 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    mesh = init_device_mesh(device, (world,))
+    dist.barrier()  # nobody reads the run's folder before rank 0 has checked it
+    return mesh
 
 
 def peak_memory(device: str) -> int:
@@ -635,23 +669,11 @@ def main():
     if device == "cuda" and not torch.cuda.is_available() and not dry:
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
 
-    # --- data
+    # --- data and the model's shapes
     out_dir, data = Path(args.out_dir), Path(args.data)
     train = val = None
     if not dry or (data / "train.npy").exists():
-        train, val = (Examples(data, split, config.vocab_size) for split in ("train", "val"))
-        check_tokenizer(data, ckpt, args)
-        longest = int(max(train.lengths.max(initial=0), val.lengths.max(initial=0)))
-        config.check_length(longest, f"--data {data}")
-        if not len(train.lengths):
-            raise UserError(f"--data {data}: holds no training example")
-        if longest > args.max_tokens:
-            raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
-        if min(args.batch_size, len(train.lengths)) < (processes := args.dry_run or world):
-            raise UserError(f"--batch_size {args.batch_size}: fewer examples than the {processes} processes")
-    if ckpt:
-        zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
-        say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj; they stay")
+        train, val = read_data(args, config, ckpt, processes=args.dry_run or world)
     model = build(args, config)
     if dry:
         return dry_run(model, args, train)
@@ -662,20 +684,17 @@ def main():
     if rank == 0:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         about = {"settings": vars(args), "steps": plan.steps, "base": base, "data": fingerprint(data)}
-        check_out(out_dir / "merged.pt")
+        if out_dir.resolve() == data.resolve():
+            raise UserError(f"--out_dir {out_dir}: is the --data folder; name another")
+        check_out(out_dir / "merged.pt", "--out_dir")
         open_run(out_dir, about | {"world_size": world, "versions": versions}, args.resume)
         lock = lock_run(out_dir)  # noqa: F841  held until the process ends
+    if ckpt:
+        zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
+        say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj; they stay")
 
     # --- processes
-    mesh = None
-    if world > 1 or args.fsdp:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if world == 1:  # --fsdp without torchrun: a group of one
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        mesh = init_device_mesh(device, (world,))
-        dist.barrier()  # nobody reads the folder before rank 0 has checked it
+    mesh = join_processes(device, world) if world > 1 or args.fsdp else None
 
     # --- model and optimizer
     if ckpt is None:
@@ -706,22 +725,6 @@ def main():
         if mesh:
             dist.all_reduce(total)
         return total.item() / sum(val.n_targets(i, args.mask_prompt) for i in range(len(val.lengths)))
-
-    def write_adapter():
-        tensors = learned(model)
-        if rank == 0:
-            for name in [name for name in tensors if name.endswith(".mask")]:  # dynamic: what is kept of the weight
-                tensors[name.replace(".mask", ".weight")] *= tensors.pop(name)
-            adapter = {name.removeprefix("model."): w for name, w in tensors.items()}
-            about = {
-                "method": args.method,
-                "r": args.r,
-                "scale": args.scale,
-                "base": base,
-                "options": spp_options(args),
-            }
-            with atomic(out_dir / "adapter.pt") as tmp:
-                torch.save({"adapter": adapter} | about, tmp)
 
     writer, written = concurrent.futures.ThreadPoolExecutor(1), []  # states are written while the next steps run
 
@@ -796,7 +799,9 @@ def main():
             say(f"step {step + 1}: training loss {loss:.4f}, validation loss {val_loss:.4f}")
             if not val_loss >= best:  # nan, where nothing is held out: the last adapter is kept
                 best = val_loss
-                write_adapter()
+                tensors = learned(model)
+                if rank == 0:
+                    write_adapter(out_dir / "adapter.pt", tensors, args, base)
         if done or stopping or (step + 1) % args.save_interval == 0:
             save_state(step + 1)
         if stopping and not done:

@@ -82,7 +82,6 @@ def main():
         make_model(folder / "model", args.tokenizer)
         (folder / "tasks").mkdir()
         model, tokenizer = load(folder / "model")
-        settings = argparse.Namespace(add_bos=True, batch_tokens=4096, no_sharing=False, rank=1)
         for path in args.tasks:
             name, documents = read_task(path)
             documents = documents[: args.limit]
@@ -94,7 +93,7 @@ def main():
             times = {"ours": [], 1: [], 8: []}
             for _ in range(args.repeats):
                 start = time.perf_counter()
-                result, _scores = run_task(model, tokenizer, documents, settings, name)
+                result, _scores = run_task(model, tokenizer, documents, add_bos=True, batch_tokens=4096)
                 times["ours"].append(time.perf_counter() - start)
                 for batch in (1, 8):
                     theirs = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)

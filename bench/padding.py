@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     config = PRESETS[args.preset] if args.preset else LlamaConfig(32000, 512, 1408, n_layers=6, n_heads=8)
-    data = Examples(args.data, "train", config.vocab_size)
+    data = Examples(args.data, "train")
     plan = Plan(len(data.lengths), args.batch_size, 1, seed=0)
     every = [plan[step] for step in range(plan.per_epoch)]
     ways = {

@@ -86,12 +86,11 @@ def run(random_checkpoint, out, *flags, processes=1):
 def test_log_likelihoods_accuracies_and_errors_are_lm_evals(run_name, add_bos):
     model, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
     theirs = json.loads((SAMPLES / f"hf_{run_name}__results.json").read_text())["results"]
-    args = evaluate.argparse.Namespace(add_bos=add_bos, batch_tokens=4096, no_sharing=False, rank=0)
     for path in SAMPLES.glob(f"hf_{run_name}__*.jsonl"):
         name, documents = read_task(path)
         if evaluate.is_rolling(documents[0]):
             continue
-        result, scores = evaluate.run_task(model, tokenizer, documents, args, name)
+        result, scores = evaluate.run_task(model, tokenizer, documents, add_bos)
         for document, s in zip(documents, scores, strict=True):
             for (ll, greedy), (value, hit) in zip(s, document.record["filtered_resps"], strict=True):
                 assert ll == pytest.approx(float(value), abs=1e-3) and str(greedy) == hit
@@ -104,11 +103,10 @@ def test_log_likelihoods_accuracies_and_errors_are_lm_evals(run_name, add_bos):
 @needs_shared
 def test_lm_evals_word_perplexity():
     model, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
-    args = evaluate.argparse.Namespace(add_bos=True, batch_tokens=4096, no_sharing=False, rank=0)
     _, documents = read_task(SAMPLES / "hf_0shot__wikitext_local.jsonl")
     # tokenizer.json drops the first space of a text that begins with one, sentencepiece does not: only the others
     documents = [d for d in documents if not d.pairs[0][0].startswith(" ")]
-    _, scores = evaluate.run_task(model, tokenizer, documents, args, "wikitext")
+    _, scores = evaluate.run_task(model, tokenizer, documents, add_bos=True)
     assert documents and all(
         s[0][0] == pytest.approx(float(d.record["filtered_resps"][0]), rel=1e-5)
         for d, s in zip(documents, scores, strict=True)

@@ -1,5 +1,6 @@
 """What train.py promises: the same run however it is dealt, killed, resumed or sharded."""
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import train
 from model import PRESETS, Llama, LlamaConfig, UserError, load, open_checkpoint, save
 from spp import inject
 
-PLAIN = {"no_beta": False, "zero_init": "beta", "no_residual": False}
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "real"
 
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     """A folder with `data` and a model that learned it for a second and was pruned to 1:4 by magnitude, `pruned.pt`."""
     folder = tmp_path_factory.mktemp("world")
     write_data(folder / "data")
-    examples = train.Examples(write_data(folder / "pretraining", (150 * 32, 0), seed=1), "train", 256)
+    examples = train.Examples(write_data(folder / "pretraining", (150 * 32, 0), seed=1), "train")
     torch.manual_seed(0)
     model = Llama(PRESETS["test"])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -161,7 +161,7 @@ def test_an_epoch_sees_every_example_once():
 
 
 def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
-    examples = train.Examples(world / "data", "train", 256)
+    examples = train.Examples(world / "data", "train")
     tokens, targets = examples.batch([0, 1], False, "cpu")
     first = torch.from_numpy(examples.tokens[: examples.offsets[1]].astype(np.int64))
     assert tokens[0, : len(first) - 1].equal(first[:-1]) and targets[0, : len(first) - 1].equal(first[1:])
@@ -174,7 +174,7 @@ def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
 
 def test_padding_does_not_change_the_loss(world):
     model, _ = load(world / "pruned.pt")
-    examples = train.Examples(world / "data", "train", 256)
+    examples = train.Examples(world / "data", "train")
     together = model(*examples.batch([0, 1, 2], False, "cpu"))
     apart = sum(model(*examples.batch([i], False, "cpu")) for i in (0, 1, 2))
     tokens, targets = examples.batch([0], False, "cpu")
@@ -195,12 +195,10 @@ def test_learning_rate_rises_over_the_warmup_and_falls_to_zero():
 def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
     """Loss as a mean over all targets, AdamW with the paper's settings: against one batch, one process, no dealing."""
     adapter, log = finished(world, world / "onestep", "--epochs", 0.34, "--max_tokens", 64)
-    examples = train.Examples(world / "data", "train", 256)
+    examples = train.Examples(world / "data", "train")
     model, _ = load(world / "pruned.pt")
     reference = train.build(
-        train.argparse.Namespace(
-            method="spp", r=4, scale=2.0, matmul="repeat", dtype="float32", activation_checkpointing=False, **PLAIN
-        ),
+        train.parse_args(["--r", "4", "--matmul", "repeat", "--dtype", "float32"]),
         model.config,
     )
     train.materialise(reference, model.state_dict(), 0, "cpu")
@@ -250,9 +248,7 @@ from torch.distributed.device_mesh import init_device_mesh
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
-args = train.argparse.Namespace(
-    method="spp", r=4, scale=2.0, matmul="fused", dtype="float32", activation_checkpointing=False,
-    no_beta=False, zero_init="beta", no_residual=False)
+args = train.parse_args("--r 4 --dtype float32".split())
 ckpt = open_checkpoint({str(tmp_path / "model.pt")!r})
 model = train.build(args, ckpt.config)
 before = peak()
@@ -542,14 +538,15 @@ def test_resuming_another_run_is_refused(world, alone, tmp_path):
 
 def test_damaged_data_is_refused(tmp_path):
     data = write_data(tmp_path / "data")
+    args = argparse.Namespace(data=data, tokenizer=None, max_tokens=160, batch_size=16)
     with pytest.raises(UserError, match="token id"):
-        train.Examples(data, "train", 60)
+        train.read_data(args, LlamaConfig(vocab_size=60), None, 1)
     np.save(data / "train.offsets.npy", np.array([0, 5]))
     with pytest.raises(UserError, match="do not fit"):
-        train.Examples(data, "train", 256)
+        train.Examples(data, "train")
     (data / "val.npy").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="val split"):
-        train.Examples(data, "val", 256)
+        train.Examples(data, "val")
 
 
 def test_data_of_another_tokenizer_is_refused(world, tmp_path):
