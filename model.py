@@ -1,7 +1,8 @@
 """LLaMA by hand, and its checkpoints in and out.
 
-The network that SPP prunes and fine-tunes: RMSNorm, rotary positions, SwiGLU, grouped-query attention (LLaMA, Touvron
-et al. 2023a, b). The classes come first and read top to bottom; below them, one function for each checkpoint layout:
+The network that SPP prunes and fine-tunes (section 3 of the paper names its linears): RMSNorm, rotary positions,
+SwiGLU, grouped-query attention (LLaMA, Touvron et al. 2023a, b). It is the first quarter of this file, and all that the
+method needs. The rest is files, a section a layout, reading and writing side by side:
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
     python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory; --layout meta: Meta's
@@ -24,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -33,11 +35,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import sentencepiece
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.serialization import skip_data
 from torch.utils.checkpoint import checkpoint
@@ -96,6 +99,8 @@ PRESETS = {
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -108,7 +113,7 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig, seq_len: int, device) -> Tensor:
+def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) -> Tensor:
     """Angular frequencies of the rotary embedding, (head_dim / 2,) float32, after `rope_scaling`.
 
     seq_len matters to "dynamic" alone, which stretches the base once a sequence outgrows the training length.
@@ -140,22 +145,27 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> t
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + head_dim/2}) by its position's angle: Hugging Face's order, see `meta_to_hf`."""
+    """Turns each pair (x_i, x_{i + head_dim/2}) by its position's angle. (Meta pairs neighbours: see `rotary_rows`.)"""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
 class Attention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v for each head, q and k turned by their positions, then o_proj."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        c, self.head_dim = config, config.head_dim
+        self.head_dim = config.head_dim
+        c = config
         self.q_proj = nn.Linear(c.hidden_size, c.n_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list | None = None):
-        B, T, _ = x.shape
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
+    ) -> Tensor:
+        B, T, _ = x.shape  # the last is hidden_size
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, T, head_dim)
         if cache is not None:
@@ -169,6 +179,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -189,7 +201,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list | None = None):
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -259,16 +273,18 @@ class Llama(nn.Module):
         be the largest tensors of a fine-tuning step.
         """
 
-        def loss(x, targets):
-            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+        def chunk_loss(h, t):
+            return F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
 
-        pairs = zip(x.split(1024), targets.split(1024), strict=True)
-        losses = (checkpoint(loss, *pair, use_reentrant=False) for pair in pairs)
+        chunks = zip(x.split(1024), targets.split(1024), strict=True)
+        losses = (checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
         return sum(losses, x.new_zeros((), dtype=torch.float32))
 
 
 @torch.no_grad()
-def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1):
+def generate(
+    model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1
+) -> Iterator[int]:
     """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
@@ -285,7 +301,7 @@ def generate(model: Llama, tokens: list[int], n: int, temperature: float = 0.0, 
             token = int(logits.argmax())
         else:
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
-            p[p.cumsum(0) - p > top_p] = 0  # all behind the first that reaches top_p
+            p[p.cumsum(0) - p > top_p] = 0  # everything after the token that reaches top_p
             token = int(order[torch.multinomial(p, 1)])
         yield token
         if token == stop:
@@ -317,10 +333,30 @@ def cli(main: Callable[[], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line too."""
+    """An ArgumentParser whose errors are one line too, and whose help shows the defaults that there are."""
+
+    def add_argument(self, *flags, help: str = "", default=None, **more):
+        if "default" not in help and default not in (None, argparse.SUPPRESS) and default is not False:
+            help += " (default: %(default)s)"
+        return super().add_argument(*flags, help=help, default=default, **more)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Callable:
+    """A type for Parser.add_argument: a finite int or float that is at least low, more than above, at most high."""
+
+    def parse(text: str) -> int | float:
+        x = kind(text)
+        if not (low <= x <= high and above < x < math.inf):
+            bounds = {"at least": low, "more than": above, "at most": high}
+            wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if abs(bound) < math.inf)
+            raise argparse.ArgumentTypeError(f"expected {wanted or 'a finite number'}, found {text}")
+        return x
+
+    parse.__name__ = kind.__name__  # which argparse names where `kind` refuses the text
+    return parse
 
 
 @contextlib.contextmanager
@@ -362,7 +398,7 @@ def check_out(path: str | Path, flag: str = "--out") -> Path:
     return path
 
 
-def read_json(path: str | Path, kind: type = object):
+def read_json(path: str | Path, kind: type = object) -> Any:
     """Parses a JSON file that holds a `kind` (dict, list); a missing or malformed one is a UserError that names it."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -375,7 +411,7 @@ def read_json(path: str | Path, kind: type = object):
     return data
 
 
-def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(source: str | Path | bytes) -> SentencePieceProcessor:
     """A sentencepiece model from its bytes, a file, a directory that holds tokenizer.model, or a .pt of ours."""
     if isinstance(source, str | Path) and Path(source).suffix == ".pt":
         source = open_checkpoint(path := source).tokenizer
@@ -388,7 +424,7 @@ def load_tokenizer(source: str | Path | bytes) -> sentencepiece.SentencePiecePro
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:  # sentencepiece takes it for a model that is yet to be loaded
             raise RuntimeError
-        return sentencepiece.SentencePieceProcessor(model_proto=data)
+        return SentencePieceProcessor(model_proto=data)
     except OSError as e:
         raise UserError(f"{name}: cannot be read: {e.strerror}") from None
     except RuntimeError:
@@ -406,7 +442,8 @@ class Checkpoint(Mapping):
 
     def __init__(self, path, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
         self.path, self.config = path, config
-        self.like, self.tensors = ({name: entry[i] for name, entry in tensors.items()} for i in (0, 1))
+        self.like = {name: like for name, (like, _) in tensors.items()}
+        self.tensors = {name: get for name, (_, get) in tensors.items()}
         self.tokenizer, self.history, self.files = None, [], {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -478,45 +515,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return ckpt
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3}  # what each kind of scaling needs
-
-
-def checked_config(values: dict, source: str | Path, names: dict[str, str]) -> LlamaConfig:
-    """A LlamaConfig from a file's values, every one of them checked. Errors say what `names` has for our keys."""
-
-    def check(key, ok, expected):
-        if not ok:
-            found = repr(values.get(key))[:80]
-            raise UserError(f"{source}: config: {names.get(key, key)} is {found}, expected {expected}")
-
-    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
-    number = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
-    for name, x in values.items():
-        if name not in kinds:
-            raise UserError(f"{source}: config: {name}: unknown key")
-        if kinds[name] is int:
-            derived = name in ("n_kv_heads", "head_dim") and x == 0
-            check(name, number(x, int) or derived, "a whole number from 1 to 2**28")
-        elif kinds[name] is float:
-            check(name, number(x, int, float), "a number above 0")
-        elif kinds[name] is bool:
-            check(name, type(x) is bool, "true or false")
-    window, scaling = values.get("sliding_window"), values.get("rope_scaling")
-    check("sliding_window", window is None or number(window, int), "a whole number above 0, or null")
-    if scaling is not None:
-        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
-        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
-        check("rope_scaling", all(number(scaling.get(k), int, float) for k in needed), f"{', '.join(needed)} above 0")
-        values = values | {"rope_scaling": {k: scaling[k] for k in ("rope_type", *needed)}}
-    config = LlamaConfig(**values)
-    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
-    check("n_heads", config.n_heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
-    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of {config.n_heads}, the query heads")
-    return config
-
-
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Llama, SentencePieceProcessor | None]:
     """Loads any checkpoint. Returns (model, tokenizer); the tokenizer is None where the checkpoint has none.
 
     dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
@@ -535,7 +536,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     return model, load_tokenizer(ckpt.tokenizer) if ckpt.tokenizer else None
 
 
-def save(model: Llama, path: str | Path, tokenizer: sentencepiece.SentencePieceProcessor | None = None) -> None:
+def save(model: Llama, path: str | Path, tokenizer: SentencePieceProcessor | None = None) -> None:
     """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
     weights = {name: w.detach() for name, w in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -552,14 +553,51 @@ def write_checkpoint(
     """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
     max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
     path, like = check_out(path), {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
-    params = meta_params(ckpt.config, path) if layout == "meta" else {}
     with atomic(path) as tmp:
         if path.suffix == ".pt":
             write_pt(tmp, ckpt, like)
         elif layout == "meta":
-            write_meta(tmp, ckpt, like, params)
+            write_meta(tmp, ckpt, like)
         else:
             write_hf(tmp, ckpt, like, max_shard_size)
+
+
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3_KEYS}  # what each kind of scaling needs
+
+
+def checked_config(values: dict, source: str | Path, names: dict[str, str]) -> LlamaConfig:
+    """A LlamaConfig from a file's values, every one of them checked. Errors say what `names` has for our keys."""
+
+    def check(key, ok, expected):
+        if not ok:
+            found = repr(values.get(key))[:80]
+            raise UserError(f"{source}: config: {names.get(key, key)} is {found}, expected {expected}")
+
+    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
+    positive = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
+    for name, x in values.items():
+        if name not in kinds:
+            raise UserError(f"{source}: config: {name}: unknown key")
+        if kinds[name] is int:
+            derived = name in ("n_kv_heads", "head_dim") and x == 0
+            check(name, positive(x, int) or derived, "a whole number from 1 to 2**28")
+        elif kinds[name] is float:
+            check(name, positive(x, int, float), "a number above 0")
+        elif kinds[name] is bool:
+            check(name, type(x) is bool, "true or false")
+    window, scaling = values.get("sliding_window"), values.get("rope_scaling")
+    check("sliding_window", window is None or positive(window, int), "a whole number above 0, or null")
+    if scaling is not None:
+        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
+        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+        check("rope_scaling", all(positive(scaling.get(k), int, float) for k in needed), f"{', '.join(needed)} above 0")
+        values = values | {"rope_scaling": {k: scaling[k] for k in ("rope_type", *needed)}}
+    config = LlamaConfig(**values)
+    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
+    check("n_heads", config.n_heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
+    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of {config.n_heads}, the query heads")
+    return config
 
 
 # What travels with a model, besides tokenizer.model and history.json. Of config.json the special tokens' ids are kept.
@@ -567,13 +605,12 @@ TRAVELS = ("config.json", "generation_config.json", "tokenizer*.json", "special_
 TRAVELS += ("chat_template*", "LICEN[SC]E*", "USE_POLICY*", "NOTICE*")
 
 
-def add_beside(ckpt: Checkpoint, path: Path) -> Checkpoint:
-    """Gives the checkpoint what else its directory holds."""
+def read_beside(path: Path, ckpt: Checkpoint) -> None:
+    """Gives the checkpoint what its directory holds besides weights and config."""
     ckpt.files = {f.name: f.read_bytes() for pattern in TRAVELS for f in sorted(path.glob(pattern)) if f.is_file()}
     ckpt.history = read_json(path / "history.json", list) if (path / "history.json").exists() else []
     if (path / "tokenizer.model").exists():
         ckpt.tokenizer = (path / "tokenizer.model").read_bytes()
-    return ckpt
 
 
 def write_beside(path: Path, ckpt: Checkpoint) -> None:
@@ -591,7 +628,7 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
 # our layout, and PyTorch files: .pt, .bin, .pth
 
 
-def torch_load(path: Path):
+def torch_load(path: Path) -> Any:
     """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
     try:
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
@@ -624,8 +661,8 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def torch_tensors(path: Path, key: str | None = None) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-    """Of each tensor of a PyTorch file a meta tensor and a function that maps it. The file is mapped anew at each call,
-    so that pages read earlier do not stay in memory while a large model is walked."""
+    """For each tensor of a PyTorch file its shape, as a meta tensor, and a function that maps it. The file is mapped
+    anew at each call, so that pages read earlier do not stay in memory while a large model is walked."""
     get = lambda name: torch_state(path, key)[name]
     return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
 
@@ -653,53 +690,160 @@ def open_pt(path: Path) -> Checkpoint:
 
 
 def write_pt(path: Path, ckpt: Checkpoint, like: dict[str, Tensor]) -> None:
+    """Our layout: one dict of `config`, `tokenizer` (bytes or None), `history`, `files` and `model`, the state dict."""
     about = {"config": dataclasses.asdict(ckpt.config), "tokenizer": ckpt.tokenizer, "history": ckpt.history}
-    write_torch(path, ckpt, like, lambda weights: about | {"files": ckpt.files, "model": weights})
+    write_torch(path, ckpt, like, about | {"files": ckpt.files})
 
 
-def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], wrap: Callable) -> None:
-    """torch.save(wrap(dict of the tensors that `like` names, in its dtypes)), with one of them in memory at a time.
+def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], about: dict | None = None) -> None:
+    """torch.save of the tensors that `like` names, in its dtypes: a state dict, or with `about` that dict and the state
+    dict as its `model`. One tensor at a time is in memory.
 
-    First the file with room for the weights: blank tensors, whose memory is never touched. Then each in its place. The
-    zip's checksums of the weights stay empty; torch.load does not look at them.
+    Blank tensors are saved first, which take room in the file but none in memory; then each weight is written at its
+    offset. The zip's checksums of the weights stay empty; torch.load does not look at them.
     """
     blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
     try:
         with skip_data():
-            torch.save(wrap(blank), path)
+            torch.save(blank if about is None else about | {"model": blank}, path)
     except RuntimeError as e:  # torch's word for a full disk
         raise OSError(str(e).splitlines()[0]) from None
     saved = torch.load(path, map_location="meta", weights_only=True)
-    saved = saved.get("model", saved)
+    saved = saved if about is None else saved["model"]
     with open(path, "r+b") as f:
         for name, w in like.items():
             f.seek(saved[name].untyped_storage()._checkpoint_offset)
-            f.write(raw(tensors[name].to(w.dtype)))
+            f.write(tensor_bytes(tensors[name].to(w.dtype)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# .safetensors files
+
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """The header of a .safetensors file: name -> (dtype, shape, first byte, end), each checked against the file.
+
+    Layout: 8 bytes with the header's length (little-endian), the header as JSON, then the tensors' bytes, to which
+    the header's offsets are relative, without holes or overlaps.
+    """
+
+    def damaged(what):
+        return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
+
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
+        if n > min(size - 8, 2**24):  # 100 times a 70B model's
+            raise damaged(f"{size} bytes with a header of {n}")
+        try:
+            header = json.loads(f.read(n), object_pairs_hook=no_duplicates)
+        except (ValueError, RecursionError):
+            raise damaged("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    start, index = 8 + n, {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(a), int(b)]}:
+                if dtype not in SAFETENSORS_DTYPES:
+                    raise UserError(f"{path}: {name} is {dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
+                dtype = SAFETENSORS_DTYPES[dtype]
+            case _:
+                raise damaged(f"{name} has no dtype, shape and data_offsets")
+        if not all(type(d) is int and d > 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
+            raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
+        index[name] = (dtype, shape, start + a, start + b)
+    at = start
+    for name, (_, _, first, end) in sorted(index.items(), key=lambda item: item[1][2:]):
+        if first != at or end > size:
+            raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {at}")
+        at = end
+    return index
+
+
+def no_duplicates(pairs: list) -> dict:
+    """A JSON object's pairs as a dict; ValueError for a repeated name."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a repeated name")
+    return dict(pairs)
+
+
+def safetensors_tensors(path: Path) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """For each tensor of a .safetensors file its shape, as a meta tensor, and a function that maps it."""
+    return {
+        name: (torch.empty(shape, dtype=dtype, device="meta"), functools.partial(map_tensor, path, dtype, shape, a, b))
+        for name, (dtype, shape, a, b) in safetensors_index(path).items()
+    }
+
+
+def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
+    """A tensor over the bytes [first, end) of a file, read when touched and unmapped when freed."""
+    data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[first:end]
+    if first % dtype.itemsize:
+        data = data.clone()  # torch cannot view an unaligned slice
+    return data.view(dtype).view(shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
+    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
+    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
+    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    for name, w in like.items():
+        end = offset + w.numel() * w.element_size()
+        header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, w in like.items():
+            f.write(tensor_bytes(tensors[name].to(w.dtype)))
+
+
+def tensor_bytes(w: Tensor) -> np.ndarray:
+    """A tensor's bytes, as an array that a file can write."""
+    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face's layout
 
 
+# LlamaConfig's name of each setting, and config.json's
+HF_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+    "sliding_window": "sliding_window",
+}
+
+
 def open_hf(path: Path) -> Checkpoint:
-    tensors, meta = {}, functools.partial(torch.empty, device="meta")
+    """config.json, with model*.safetensors or pytorch_model*.bin, one or many; all that hold tensors of the model."""
+    tensors = {}
     for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
-        more = torch_tensors(file) if file.suffix == ".bin" else {}
-        for name, entry in safetensors_index(file).items() if file.suffix == ".safetensors" else ():
-            more[name] = (meta(entry[1], dtype=entry[0]), functools.partial(map_tensor, file, *entry))
+        more = torch_tensors(file) if file.suffix == ".bin" else safetensors_tensors(file)
         if twice := sorted(tensors.keys() & more.keys()):
             raise UserError(f"{file}: {twice[0]} stands in another file too")
         tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
     if not tensors:
         raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
-    return add_beside(Checkpoint(path, hf_to_config(path / "config.json"), tensors), path)
-
-
-# LlamaConfig's names of what Hugging Face's config.json holds, and theirs
-HF_KEYS = {name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "sliding_window")}
-HF_KEYS |= {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
-HF_KEYS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
-HF_KEYS |= {"max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+    ckpt = Checkpoint(path, hf_to_config(path / "config.json"), tensors)
+    read_beside(path, ckpt)
+    return ckpt
 
 
 def hf_to_config(path: Path) -> LlamaConfig:
@@ -727,87 +871,6 @@ def hf_to_config(path: Path) -> LlamaConfig:
     if missing := [key for key in HF_KEYS.values() if key not in c]:
         raise UserError(f"{path}: has no {missing[0]}")
     return checked_config({ours: c[theirs] for ours, theirs in HF_KEYS.items()}, path, HF_KEYS)
-
-
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """The header of a .safetensors file: name -> (dtype, shape, first byte, end), each checked against the file.
-
-    Layout: 8 bytes with the header's length (little-endian), the header as JSON, then the tensors' bytes, to which
-    the header's offsets are relative, without holes or overlaps.
-    """
-
-    def damaged(what):
-        return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
-
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if n > min(size - 8, 2**24):  # 100 times a 70B model's
-            raise damaged(f"{size} bytes with a header of {n}")
-        try:
-            header = json.loads(f.read(n), object_pairs_hook=unique)
-        except (ValueError, RecursionError):
-            raise damaged("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise damaged("its header is not a JSON object")
-    start, index = 8 + n, {}
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(a), int(b)]}:
-                if dtype not in SAFETENSORS_DTYPES:
-                    raise UserError(f"{path}: {name} is {dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
-                dtype = SAFETENSORS_DTYPES[dtype]
-            case _:
-                raise damaged(f"{name} has no dtype, shape and data_offsets")
-        if not all(type(d) is int and d > 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
-            raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
-        index[name] = (dtype, shape, start + a, start + b)
-    at = start
-    for name, (_, _, first, end) in sorted(index.items(), key=lambda item: item[1][2:]):
-        if first != at or end > size:
-            raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {at}")
-        at = end
-    return index
-
-
-def unique(pairs: list) -> dict:
-    """A JSON object's pairs as a dict; a name that stands twice is an error."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
-def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
-    """A tensor over the bytes [first, end) of a file, read when touched and unmapped when freed."""
-    data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[first:end]
-    if first % dtype.itemsize:
-        data = data.clone()  # torch cannot view an unaligned slice
-    return data.view(dtype).view(shape)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
-    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
-    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
-    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    for name, w in like.items():
-        end = offset + w.numel() * w.element_size()
-        header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, w in like.items():
-            f.write(raw(tensors[name].to(w.dtype)))
-
-
-def raw(w: Tensor):
-    """A tensor's bytes, as a numpy array that a file can write."""
-    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def write_hf(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], max_shard_size: int) -> None:
@@ -850,6 +913,25 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dt
 # Meta's layout
 
 
+# params.json does not hold the training length; norm_eps tells LLaMA (2,048) from LLaMA-2 (4,096)
+META_SEQ_LEN = {1e-6: 2048, 1e-5: 4096}
+META_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+}
+HF_NAMES = {hf: meta for meta, hf in META_NAMES.items()}
+
+
 def open_meta(path: Path) -> Checkpoint:
     """Meta's layout: params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
     p, files = read_json(path / "params.json", dict), sorted(path.glob("consolidated.*.pth"))
@@ -875,51 +957,30 @@ def open_meta(path: Path) -> Checkpoint:
         tensors = {}
         for name in [name for name in parts[0] if name != "rope.freqs"]:  # those are computed, see `rope_frequencies`
             like = join_meta([part[name].to("meta") for part in parts], name, config)
-            tensors[meta_to_hf(name)] = (like, functools.partial(get, name))
+            tensors[rename(name, META_NAMES)] = (like, functools.partial(get, name))
     except (KeyError, IndexError) as e:
         raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
     except (RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
-    ckpt = add_beside(Checkpoint(path, config, tensors), path)
+    ckpt = Checkpoint(path, config, tensors)
+    read_beside(path, ckpt)
     if not ckpt.tokenizer and (above := path.parent / "tokenizer.model").exists():  # Meta's download has it there
         ckpt.tokenizer = above.read_bytes()
     return ckpt
 
 
-# The training length, which params.json does not hold, by the norm_eps, which differs: LLaMA's and LLaMA-2's
-META_SEQ_LEN = {1e-6: 2048, 1e-5: 4096}
-META_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+def rename(name: str, names: dict[str, str]) -> str:
+    """A tensor's name in the other layout, by META_NAMES or HF_NAMES; one that is not there stays as it is."""
+    i = "".join(re.findall(r"\blayers\.(\d+)\.", name))
+    pattern = name.replace(f"layers.{i}.", "layers.{}.")
+    return names[pattern].format(i) if pattern in names else name
 
 
-def meta_to_hf(name: str) -> str:
-    """ "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
-    stem = name.removesuffix(".weight")
-    if stem.startswith("layers."):
-        _, i, stem = stem.split(".", 2)
-        return f"model.layers.{i}.{META_NAMES.get(stem, stem)}.weight"
-    return f"{META_NAMES.get(stem, stem)}.weight"
-
-
-def hf_to_meta(name: str) -> str:
-    """The inverse of `meta_to_hf`."""
-    stems, stem = {hf: meta for meta, hf in META_NAMES.items()}, name.removesuffix(".weight")
-    if stem.startswith("model.layers."):
-        _, _, i, stem = stem.split(".", 3)
-        return f"layers.{i}.{stems[stem]}.weight"
-    return f"{stems[stem]}.weight"
+def rotary_rows(w: Tensor, head_dim: int, to_hf: bool) -> Tensor:
+    """wq or wk with its rows reordered: Meta turns the pairs (x_0, x_1), (x_2, x_3), ..., Hugging Face (x_0, x_{d/2}),
+    (x_1, x_{d/2 + 1}), ..."""
+    pairs = (head_dim // 2, 2) if to_hf else (2, head_dim // 2)
+    return w.view(-1, *pairs, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
 def join_meta(parts: list[Tensor], name: str, config: LlamaConfig) -> Tensor:
@@ -929,17 +990,16 @@ def join_meta(parts: list[Tensor], name: str, config: LlamaConfig) -> Tensor:
     else:  # wo and w2 are cut along their input; embeddings too, but by rows since LLaMA-3
         by_input = name.endswith(("wo.weight", "w2.weight")) or parts[0].shape[1] * len(parts) == config.hidden_size
         w = torch.cat(parts, 1 if by_input else 0)
-    if name.endswith(("wq.weight", "wk.weight")):  # (x_0, x_1), (x_2, x_3), ... -> (x_0, x_{d/2}), ...: see `rotate`
-        w = w.view(-1, config.head_dim // 2, 2, config.hidden_size).transpose(1, 2).reshape(w.shape)
-    return w
+    return rotary_rows(w, config.head_dim, to_hf=True) if name.endswith(("wq.weight", "wk.weight")) else w
 
 
-def meta_params(c: LlamaConfig, path: Path) -> dict:
-    """Meta's params.json. What it cannot say is a UserError; a training length of neither LLaMA is a key of ours."""
+def meta_params(c: LlamaConfig) -> dict:
+    """Meta's params.json; UserError for what it cannot say. max_seq_len, a key of our own, is added where the training
+    length is not the one that norm_eps stands for."""
     missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
     missing["head_dim"] = c.head_dim * c.n_heads != c.hidden_size
     for key in [key for key, there in missing.items() if there]:
-        raise UserError(f"--out {path}: Meta's layout has no room for the model's {key}; --layout hf has")
+        raise UserError(f"--layout meta: has no room for the model's {key}; --layout hf has")
     params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
     params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
@@ -950,22 +1010,22 @@ def meta_params(c: LlamaConfig, path: Path) -> dict:
     return params if usual else params | {"max_seq_len": c.max_seq_len}
 
 
-def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], params: dict) -> None:
+def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor]) -> None:
     """Meta's layout in one part, the inverse of `open_meta`. Tied embeddings are written twice, as Meta's code asks."""
-    c, sources = ckpt.config, {hf_to_meta(name): name for name in like}
+    c = ckpt.config
+    params = meta_params(c)
+    sources = {rename(name, HF_NAMES): name for name in like}
     if c.tie_embeddings:
         sources["output.weight"] = "model.embed_tokens.weight"
 
     def get(name: str) -> Tensor:
         w = ckpt[sources[name]]
-        if name.endswith(("wq.weight", "wk.weight")):  # back to neighbouring pairs, see `join_meta`
-            w = w.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(w.shape)
-        return w
+        return rotary_rows(w, c.head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else w
 
     tensors = {name: (like[source], functools.partial(get, name)) for name, source in sources.items()}
     path.mkdir()
     part = Checkpoint(None, c, tensors)
-    write_torch(path / "consolidated.00.pth", part, part.like, lambda weights: weights)
+    write_torch(path / "consolidated.00.pth", part, part.like)
     (path / "params.json").write_text(json.dumps(params) + "\n")
     write_beside(path, ckpt)
 
@@ -984,27 +1044,33 @@ def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
 
 
 def describe(ckpt: Checkpoint) -> dict:
-    """One screen about a checkpoint, read tensor by tensor."""
-    kinds, n_parameters, size = {}, 0, 0
-    for name, w in ckpt.like.items():
-        n_parameters, size = n_parameters + w.numel(), size + w.numel() * w.element_size()
+    """What --info says of a checkpoint, which is read tensor by tensor."""
+    sizes, zeros, patterns = {}, {}, {}  # of each kind of linear, over all layers
+    for name in ckpt:
         if name.endswith("_proj.weight"):
-            kinds.setdefault(name.split(".")[-2], []).append((w.numel(), *sparsity_of(ckpt[name])))
-    family = next((name for name, c in PRESETS.items() if c == ckpt.config), "LLaMA of its own shape")
+            kind, w = name.split(".")[-2], ckpt[name]
+            share, pattern = sparsity_of(w)
+            sizes[kind] = sizes.get(kind, 0) + w.numel()
+            zeros[kind] = zeros.get(kind, 0) + share * w.numel()
+            patterns.setdefault(kind, set()).add(pattern)
     linears = {
-        kind: {
-            "sparsity": sum(n * zeros for n, zeros, _ in layers) / sum(n for n, _, _ in layers),
-            "pattern": layers[0][2] if len({pattern for _, _, pattern in layers}) == 1 else None,
-        }
-        for kind, layers in kinds.items()
+        kind: {"sparsity": zeros[kind] / sizes[kind], "pattern": found.pop() if len(found) == 1 else None}
+        for kind, found in patterns.items()
     }
-    dtype = str(ckpt.like["model.norm.weight"].dtype).removeprefix("torch.")
-    about = {"family": family, "parameters": n_parameters, "bytes": size, "dtype": dtype, "linears": linears}
-    about |= {"tokenizer": bool(ckpt.tokenizer), "history": ckpt.history}
-    return about | {"config": dataclasses.asdict(ckpt.config)}
+    return {
+        "family": next((name for name, c in PRESETS.items() if c == ckpt.config), "LLaMA of its own shape"),
+        "parameters": sum(w.numel() for w in ckpt.like.values()),
+        "bytes": sum(w.numel() * w.element_size() for w in ckpt.like.values()),
+        "dtype": str(ckpt.like["model.norm.weight"].dtype).removeprefix("torch."),
+        "linears": linears,
+        "tokenizer": bool(ckpt.tokenizer),
+        "history": ckpt.history,
+        "config": dataclasses.asdict(ckpt.config),
+    }
 
 
 def print_description(about: dict) -> None:
+    """Prints what `describe` returned on one screen."""
     c = about["config"]
     print(f"{about['family']}: {about['parameters']:,} parameters, {about['dtype']}, {about['bytes'] / 1e9:.3f} GB")
     print(f"{c['n_layers']} layers of {c['hidden_size']} / {c['intermediate_size']}, {c['n_heads']} heads", end="")
@@ -1015,35 +1081,48 @@ def print_description(about: dict) -> None:
         print("  history: " + ", ".join(f"{key} {value}" for key, value in step.items()))
 
 
+def parse_size(text: str) -> int:
+    """ "500MB" -> 500,000,000 bytes."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    digits, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not digits.isdigit() or int(digits) == 0:
+        raise UserError(f"--max_shard_size {text}: expected a size such as 500MB or 5GB")
+    return int(digits) * units[unit]
+
+
+def complete(
+    model: Llama, tokenizer: SentencePieceProcessor, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0
+) -> str:
+    """The prompt and up to n tokens that go on from it, as text; see `generate`."""
+    tokens = [id for id in (tokenizer.bos_id(), *tokenizer.encode(prompt)) if id >= 0]  # -1: it has no BOS
+    if not tokens:
+        raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
+    model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
+    return tokenizer.decode(tokens + list(generate(model, tokens, n, temperature, top_p, tokenizer.eos_id())))
+
+
 def main():
     parser = Parser(description="Convert, describe or run a LLaMA checkpoint.")
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
     add("--out", help="convert: a .pt file, or a new directory")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
-    add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's (default) or Meta's")
-    add("--max_shard_size", default="5GB", help="of a directory's files, such as 500MB (default: 5GB)")
+    add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's or Meta's")
+    add("--max_shard_size", type=parse_size, default="5GB", help="of a directory's files, such as 500MB")
     add("--info", action="store_true", help="describe the checkpoint")
     add("--json", action="store_true", help="with --info: as JSON")
     add("--prompt", help="generate text that goes on from this")
-    add("--max_new_tokens", type=int, default=200, help="of --prompt (default: 200)")
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default: 0)")
-    add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this total (default: 1)")
-    add("--seed", type=int, default=0, help="of drawing (default: 0)")
+    add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time")
+    add("--top_p", type=number(float, 0, high=1), default=1.0, help="draw among the likeliest tokens of this total")
+    add("--seed", type=int, default=0, help="of drawing")
     args = parser.parse_args()
     if not (args.out or args.info or args.prompt is not None):
         raise UserError("nothing to do: give --out, --info or --prompt")
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = args.max_shard_size[:-2], args.max_shard_size[-2:].upper()
-    if unit not in units or not number.isdigit() or int(number) == 0:
-        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 500MB or 5GB")
     if args.layout == "meta" and (not args.out or args.out.endswith(".pt")):
         raise UserError("--layout meta: needs --out with the name of a new directory")
     if args.json and not args.info:
         raise UserError("--json: is for --info")
-    for flag, ok in (("max_new_tokens", "0 or more"), ("temperature", "0 or more"), ("top_p", "from 0 to 1")):
-        if not 0 <= getattr(args, flag) <= (1 if flag == "top_p" else math.inf):
-            raise UserError(f"--{flag} {getattr(args, flag)}: expected {ok}")
     if args.out:
         check_out(args.out)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -1052,19 +1131,14 @@ def main():
         about = describe(ckpt)
         print(json.dumps(about, indent=2)) if args.json else print_description(about)
     if args.out:
-        write_checkpoint(ckpt, args.out, dtype, int(number) * units[unit], args.layout)
+        write_checkpoint(ckpt, args.out, dtype, args.max_shard_size, args.layout)
         print(f"wrote {args.out}")
     if args.prompt is not None:
         model, tokenizer = load(args.ckpt, dtype)
         if tokenizer is None:
             raise UserError(f"--ckpt {args.ckpt}: has no tokenizer.model")
         torch.manual_seed(args.seed)
-        tokens = [id for id in (tokenizer.bos_id(), *tokenizer.encode(args.prompt)) if id >= 0]  # -1: it has no BOS
-        if not tokens:
-            raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
-        model.config.check_length(len(tokens) + args.max_new_tokens, "--prompt and --max_new_tokens")
-        settings = (args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id())
-        print(tokenizer.decode(tokens + list(generate(model, tokens, *settings))))
+        print(complete(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p))
 
 
 if __name__ == "__main__":

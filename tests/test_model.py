@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, 
 from transformers import LlamaConfig as HFConfig
 
 from model import (
+    HF_NAMES,
     PRESETS,
     Llama,
     LlamaConfig,
@@ -29,13 +30,13 @@ from model import (
     cli,
     describe,
     generate,
-    hf_to_meta,
     load,
     load_tokenizer,
     main,
     map_tensor,
     meta_params,
     open_checkpoint,
+    rename,
     rope_tables,
     safetensors_index,
     save,
@@ -428,7 +429,7 @@ def meta_width(params: dict) -> int:
 @pytest.mark.parametrize("odd", (0, 1))
 def test_params_json_gives_the_width_of_the_mlp(preset, odd):
     config = dataclasses.replace(PRESETS[preset], intermediate_size=PRESETS[preset].intermediate_size + odd)
-    params = meta_params(config, "out")
+    params = meta_params(config)
     assert meta_width(params) == config.intermediate_size
     assert "max_seq_len" not in params or not preset.startswith("llama")  # Meta's code knows no such key
 
@@ -532,7 +533,7 @@ def test_conversion_needs_less_memory_than_two_shards(tmp_path):
         part = {}
         for name, w in ckpt.items():
             dim = 1 if any(x in name for x in ("o_proj", "down_proj", "embed_tokens")) else 0
-            part[hf_to_meta(name)] = (w if w.dim() == 1 else w.chunk(4, dim)[i]).clone()
+            part[rename(name, HF_NAMES)] = (w if w.dim() == 1 else w.chunk(4, dim)[i]).clone()
         torch.save(part, tmp_path / "meta" / f"consolidated.{i:02}.pth")
     line = [sys.executable, "-c", MEASURE, str(tmp_path)]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
@@ -836,9 +837,9 @@ def test_what_metas_layout_cannot_say_is_refused(tmp_path, key, value):
         (["--out", "OUT.pt", "--layout", "meta"], "--layout meta: needs --out"),
         (["--info", "--layout", "meta"], "--layout meta: needs --out"),
         (["--out", "OUT", "--json"], "--json: is for --info"),
-        (["--prompt", "x", "--max_new_tokens", "-1"], "--max_new_tokens -1: expected 0 or more"),
-        (["--prompt", "x", "--temperature", "nan"], "--temperature nan: expected 0 or more"),
-        (["--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: expected from 0 to 1"),
+        (["--prompt", "x", "--max_new_tokens", "-1"], "--max_new_tokens: expected at least 0, found -1"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0, found nan"),
+        (["--prompt", "x", "--top_p", "1.5"], "--top_p: expected at least 0 and at most 1, found 1.5"),
         (["--out", "FILE"], "is a file; a name without .pt is a directory"),
         (["--out", "DIR.pt"], "is a directory, and a .pt name is a file"),
         (["--prompt", "x", "--ckpt", "BARE"], "has no tokenizer.model"),
