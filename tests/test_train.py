@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import PRESETS, Llama, LlamaConfig, UserError, load, open_checkpoint, save
+from model import PRESETS, Llama, LlamaConfig, UserError, cli, load, open_checkpoint, save
 from spp import inject
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +76,9 @@ def command(world, out, *flags, processes=1):
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     line = [*python, str(ROOT / "train.py"), "--ckpt", world / "pruned.pt", "--data", world / "data", "--out_dir", out]
-    settings = {"--r": 4, "--lr": 0.004, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
+    settings = {"--lr": 0.004, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
     given = {flag for flag in flags if str(flag).startswith("--")}
+    settings |= {"--r": 4} if not {"masked", "dynamic"} & set(flags) else {}
     line += [x for flag, value in settings.items() if flag not in given for x in (flag, value)]
     return [str(x) for x in [*line, *flags]]
 
@@ -108,6 +109,17 @@ def refusal(world, out, *flags, processes=1):
     assert len(ours) == 1, result.stderr
     assert processes > 1 or result.stderr.strip() == ours[0]
     return ours[0]
+
+
+def refused_here(world, out, monkeypatch, capsys, *flags):
+    """As `refusal`, in this process: for what is refused before a run begins."""
+    line = command(world, out, *flags)
+    monkeypatch.setattr(sys, "argv", line[line.index(str(ROOT / "train.py")) :])
+    with pytest.raises(SystemExit) as e:
+        cli(train.main)
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("train.py: error: ") and text.count("\n") == 1, text
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +210,7 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
     examples = train.Examples(world / "data", "train")
     model, _ = load(world / "pruned.pt")
     reference = train.build(
-        train.parse_args(["--r", "4", "--matmul", "repeat", "--dtype", "float32"]),
+        train.parse_args(["--preset", "test", "--r", "4", "--matmul", "repeat", "--dtype", "float32"]),
         model.config,
     )
     train.materialise(reference, model.state_dict(), 0, "cpu")
@@ -248,7 +260,7 @@ from torch.distributed.device_mesh import init_device_mesh
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
-args = train.parse_args("--r 4 --dtype float32".split())
+args = train.parse_args("--preset test --r 4 --dtype float32".split())
 ckpt = open_checkpoint({str(tmp_path / "model.pt")!r})
 model = train.build(args, ckpt.config)
 before = peak()
@@ -466,7 +478,7 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
     line += ["--dtype", "bfloat16", "--dry_run", "8", "--data", str(tmp_path), "--out_dir", str(tmp_path / "run")]
     result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "106,332,160 (1.54 per mille" in result.stdout
+    assert "106,332,160 (0.154%" in result.stdout
     frozen = float(re.search(r"frozen weights +([\d.]+) GiB", result.stdout)[1])
     assert frozen == pytest.approx(68.98e9 * 2 / 8 / 2**30, rel=0.01)
     assert not (tmp_path / "run").exists()
@@ -479,33 +491,67 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--dry_run", 0), "--dry_run 0"),
+        (("--dry_run", 0), "--dry_run: expected at least 1, found 0"),
         (("--dry_run", 1000), "fewer examples than the 1000 processes"),
-        (("--lr", "inf"), "--lr inf"),
-        (("--weight_decay", -1), "--weight_decay"),
-        (("--grad_clip", -1), "--grad_clip"),
-        (("--mask_interval", 0), "--mask_interval"),
-        (("--seed", -1), "--seed -1"),
-        (("--sparsity", "2:4"), "--method dynamic"),
-        (("--tokenizer", "x"), "goes with --preset"),
-        (("--ckpt", "nowhere.pt"), "nowhere.pt"),
-        (("--data", "nowhere"), "nowhere"),
-        (("--r", 5), "r = 5|--r 5"),
-        (("--lr", -1), "--lr"),
-        (("--epochs", 0), "--epochs"),
-        (("--warmup", 1.5), "--warmup"),
-        (("--max_tokens", 20), "--max_tokens 20"),
-        (("--resume",), "holds no run"),
-        (("--preset", "test"), "either --ckpt"),
-        (("--zero_init", "both"), "both stay 0"),
+        (("--lr", "inf"), "--lr: expected more than 0, found inf"),
+        (("--lr", "fast"), "--lr: invalid float value: 'fast'"),
+        (("--lr", -1), "--lr: expected more than 0"),
+        (("--weight_decay", -1), "--weight_decay: expected at least 0"),
+        (("--grad_clip", -1), "--grad_clip: expected at least 0"),
+        (("--mask_interval", 0), "--mask_interval: expected at least 1"),
+        (("--seed", -1), "--seed: expected at least 0"),
+        (("--epochs", 0), "--epochs: expected more than 0"),
+        (("--warmup", 1.5), "--warmup: expected at least 0 and at most 1"),
+        (("--sparsity", "2:4"), "--sparsity: means nothing to --method spp"),
+        (("--method", "lora", "--no_beta"), "--no_beta: means nothing to --method lora"),
+        (("--method", "masked", "--r", 8), "--r: means nothing to --method masked"),
         (("--method", "dynamic"), "needs --sparsity"),
-        (("--out_dir", "/proc/run"), "/proc/run"),
+        (("--method", "dynamic", "--sparsity", "4:2"), "--sparsity 4:2: expected"),
+        (("--method", "full", "--fsdp"), "--fsdp: .* --method full needs them whole"),
+        (("--tokenizer", "x"), "goes with --preset"),
+        (("--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+        (("--data", "nowhere"), "--data nowhere: train split cannot be read"),
+        (("--r", 5), "--r 5: does not divide"),
+        (("--max_tokens", 20), "--max_tokens 20: the longest example"),
+        (("--resume",), "holds no run"),
+        (("--preset", "test"), "--preset: not allowed with argument --ckpt"),
+        (("--zero_init", "both"), "--zero_init: invalid choice: 'both'"),
+        (("--out_dir", "/proc/run"), "--out_dir /proc/run/merged.pt: cannot be written"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_writes_nothing(world, tmp_path, flags, words):
-    line = refusal(world, tmp_path / "run", *flags)
-    assert re.search(words, line) and line.startswith("train.py: error:")
+def test_a_wrong_flag_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
+    line = refused_here(world, tmp_path / "run", monkeypatch, capsys, *flags)
+    assert re.search(words, line), line
     assert not (tmp_path / "run").exists()
+
+
+def test_random_weights_are_pretrained_alone_and_only_whole(world, monkeypatch, capsys):
+    line = ["train.py", "--preset", "test", "--data", str(world / "data"), "--method", "spp"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit):
+        cli(train.main)
+    assert "--preset: random weights have no mask" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", line[:1])
+    with pytest.raises(SystemExit):
+        cli(train.main)
+    assert "one of the arguments --ckpt --preset is required" in capsys.readouterr().err
+
+
+def test_the_data_folder_is_no_place_for_a_run(world, monkeypatch, capsys):
+    before = sorted((world / "data").iterdir())
+    assert "is the --data folder" in refused_here(world, world / "data", monkeypatch, capsys)
+    assert sorted((world / "data").iterdir()) == before
+
+
+def test_pretraining_on_two_processes_leaves_a_model_without_a_tokenizer(world, tmp_path):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    line += ["--preset", "test", "--method", "full", "--data", world / "data", "--out_dir", tmp_path / "run"]
+    line += "--epochs 0.3 --batch_size 16 --device cpu".split()
+    result = subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    model, tokenizer = load(tmp_path / "run" / "merged.pt")
+    assert tokenizer is None and model.history[-1]["method"] == "full"
+    assert not (tmp_path / "run" / "adapter.pt").exists() and "adapter.pt" not in result.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
