@@ -118,7 +118,8 @@ def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) ->
 
     seq_len matters to "dynamic" alone, which stretches the base once a sequence outgrows the training length.
     """
-    d, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    d, theta = config.head_dim, config.rope_theta
+    scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", "default")
     if kind == "dynamic":
         stretch = scaling["factor"] * max(seq_len, config.max_seq_len) / config.max_seq_len - (scaling["factor"] - 1)
@@ -216,7 +217,8 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.history = config, []
+        self.config = config
+        self.history = []
         self.activation_checkpointing = False
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -273,7 +275,7 @@ class Llama(nn.Module):
         be the largest tensors of a fine-tuning step.
         """
 
-        def chunk_loss(h, t):
+        def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
 
         chunks = zip(x.split(1024), targets.split(1024), strict=True)
@@ -290,7 +292,8 @@ def generate(
     temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
     probabilities sum to top_p. Ends after `stop`. UserError where a logit is NaN or Inf.
     """
-    device, cache = model.lm_head.weight.device, [[] for _ in model.model.layers]
+    device = model.lm_head.weight.device
+    cache = [[] for _ in model.model.layers]
     new = list(tokens)
     for _ in range(n):
         x = model.hidden(torch.tensor([new], device=device), cache=cache)
@@ -335,7 +338,7 @@ def cli(main: Callable[[], None]) -> None:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line too, and whose help shows the defaults that there are."""
 
-    def add_argument(self, *flags, help: str = "", default=None, **more):
+    def add_argument(self, *flags: str, help: str = "", default: Any = None, **more: Any) -> argparse.Action:
         if "default" not in help and default not in (None, argparse.SUPPRESS) and default is not False:
             help += " (default: %(default)s)"
         return super().add_argument(*flags, help=help, default=default, **more)
@@ -440,7 +443,7 @@ class Checkpoint(Mapping):
     when it is asked for (memory-mapped where possible); `like`, their shapes and dtypes as meta tensors; `config`,
     `tokenizer` (bytes or None), `history`, and `files` (name -> bytes), the small files that travel with a model."""
 
-    def __init__(self, path, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
+    def __init__(self, path: Path | None, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
         self.path, self.config = path, config
         self.like = {name: like for name, (like, _) in tensors.items()}
         self.tensors = {name: get for name, (_, get) in tensors.items()}
@@ -543,16 +546,22 @@ def save(model: Llama, path: str | Path, tokenizer: SentencePieceProcessor | Non
         del weights["lm_head.weight"]
     tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
     ckpt = Checkpoint(None, model.config, tensors)
-    ckpt.tokenizer, ckpt.history = tokenizer.serialized_model_proto() if tokenizer else None, model.history
+    ckpt.tokenizer = tokenizer.serialized_model_proto() if tokenizer else None
+    ckpt.history = model.history
     write_checkpoint(ckpt, path)
 
 
 def write_checkpoint(
-    ckpt: Checkpoint, path: str | Path, dtype: torch.dtype | None = None, max_shard_size=5 * 10**9, layout: str = "hf"
+    ckpt: Checkpoint,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    layout: str = "hf",
 ) -> None:
     """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
     max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
-    path, like = check_out(path), {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
+    path = check_out(path)
+    like = {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
     with atomic(path) as tmp:
         if path.suffix == ".pt":
             write_pt(tmp, ckpt, like)
@@ -569,7 +578,7 @@ ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3_
 def checked_config(values: dict, source: str | Path, names: dict[str, str]) -> LlamaConfig:
     """A LlamaConfig from a file's values, every one of them checked. Errors say what `names` has for our keys."""
 
-    def check(key, ok, expected):
+    def check(key: str, ok: bool, expected: str) -> None:
         if not ok:
             found = repr(values.get(key))[:80]
             raise UserError(f"{source}: config: {names.get(key, key)} is {found}, expected {expected}")
@@ -730,7 +739,7 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
     the header's offsets are relative, without holes or overlaps.
     """
 
-    def damaged(what):
+    def damaged(what: str) -> UserError:
         return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
 
     size = path.stat().st_size
@@ -744,7 +753,8 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
             raise damaged("its header is not JSON") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
-    start, index = 8 + n, {}
+    start = 8 + n
+    index = {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
         match entry:
@@ -790,7 +800,8 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
     """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
-    like, header, offset = like or tensors, {"__metadata__": {"format": "pt"}}, 0
+    like = like or tensors
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
     dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     for name, w in like.items():
         end = offset + w.numel() * w.element_size()
@@ -934,7 +945,8 @@ HF_NAMES = {hf: meta for meta, hf in META_NAMES.items()}
 
 def open_meta(path: Path) -> Checkpoint:
     """Meta's layout: params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
-    p, files = read_json(path / "params.json", dict), sorted(path.glob("consolidated.*.pth"))
+    p = read_json(path / "params.json", dict)
+    files = sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
     if p.get("use_scaled_rope"):  # its factor stands nowhere, and differs between LLaMA 3.1 and 3.2
@@ -1003,7 +1015,8 @@ def meta_params(c: LlamaConfig) -> dict:
     params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
     params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
-    width, params["multiple_of"] = 8 * c.hidden_size // 3, c.intermediate_size & -c.intermediate_size
+    width = 8 * c.hidden_size // 3
+    params["multiple_of"] = c.intermediate_size & -c.intermediate_size  # the largest power of 2 that divides it
     if -(-width // params["multiple_of"]) * params["multiple_of"] != c.intermediate_size:
         params["ffn_dim_multiplier"] = (c.intermediate_size + 0.5) / width
     usual = c.max_seq_len == META_SEQ_LEN.get(c.norm_eps, 4096)
@@ -1048,7 +1061,8 @@ def describe(ckpt: Checkpoint) -> dict:
     sizes, zeros, patterns = {}, {}, {}  # of each kind of linear, over all layers
     for name in ckpt:
         if name.endswith("_proj.weight"):
-            kind, w = name.split(".")[-2], ckpt[name]
+            kind = name.split(".")[-2]
+            w = ckpt[name]
             share, pattern = sparsity_of(w)
             sizes[kind] = sizes.get(kind, 0) + w.numel()
             zeros[kind] = zeros.get(kind, 0) + share * w.numel()
@@ -1101,7 +1115,7 @@ def complete(
     return tokenizer.decode(tokens + list(generate(model, tokens, n, temperature, top_p, tokenizer.eos_id())))
 
 
-def main():
+def main() -> None:
     parser = Parser(description="Convert, describe or run a LLaMA checkpoint.")
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")

@@ -185,13 +185,13 @@ class EffectiveMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layer, W, *factors):
+    def forward(ctx, x: Tensor, layer: AdapterLinear, W: Tensor, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, *factors)
         ctx.layer = layer
         return F.linear(x, layer.effective_weight(W, *factors).to(x.dtype))
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *factors = ctx.saved_tensors
         dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype) if ctx.needs_input_grad[0] else None
         G = g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -345,7 +345,8 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
 
 def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
     """`layer.merged()`, its zeros asserted (LoRA's: imposed, unless masked is False)."""
-    W, zeros = layer.merged(), layer.weight == 0
+    W = layer.merged()
+    zeros = layer.weight == 0
     if isinstance(layer, DynamicLinear):  # its zeros are its own
         return W
     if type(layer) is LoRALinear:
@@ -383,7 +384,7 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
     file = torch_load(Path(path))
     if not isinstance(file, dict) or not {"adapter", "method", "r", "scale", "base"} <= file.keys():
         raise UserError(f"{path}: is not an adapter file of train.py")
-    if file["method"] not in METHODS:
+    if str(file["method"]) not in METHODS:
         raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
     if file["base"] != ckpt.fingerprint():
         raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({ckpt.fingerprint()})")
@@ -412,7 +413,7 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
     return ckpt.changed({name: functools.partial(get, name) for name in layers}, entry)
 
 
-def main():
+def main() -> None:
     parser = Parser(description="Merge an adapter into the sparse checkpoint that it was trained on.")
     parser.add_argument("--ckpt", required=True, help="the pruned model")
     parser.add_argument("--adapter", required=True, help="adapter.pt that train.py wrote")

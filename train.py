@@ -8,6 +8,7 @@ Eight GPUs of one machine, each with the whole model (DDP); with --fsdp each hol
 Two machines of eight, the first reachable as 10.0.0.1 (add NCCL_IB_DISABLE=1 in front where there is no Infiniband):
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
     torchrun --nnodes=2 --node_rank=1 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
+(torchrun reads a bare --r as short for a flag of its own: put -- before train.py.)
 What a run would take, on any laptop, without weights, data or GPUs:
     python train.py --preset llama-2-70b --dtype bfloat16 --fsdp --activation_checkpointing --dry_run 8
 
@@ -100,7 +101,8 @@ PAPER_LENGTH = 512  # tokens; so a micro-batch of 8 is at most 4,096 padded toke
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Fine-tune a pruned LLaMA with SPP (or a baseline) and merge the result.")
-    start, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    add = parser.add_argument
+    start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--ckpt", help="the pruned model: a .pt file, a Hugging Face directory or a Meta directory")
     start.add_argument("--preset", choices=PRESETS, help="this shape with random weights, to pretrain or to --dry_run")
     add("--tokenizer", help="with --preset: the tokenizer.model that the data was prepared with")
@@ -291,7 +293,9 @@ class Plan:
         return order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
-def read_data(args, config: LlamaConfig, ckpt: Checkpoint | None, processes: int) -> tuple[Examples, Examples]:
+def read_data(
+    args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | None, processes: int
+) -> tuple[Examples, Examples]:
     """The training and the held-out examples. UserError where they are not this model's or leave a process idle."""
     data = Path(args.data)
     train, val = Examples(data, "train"), Examples(data, "val")
@@ -413,7 +417,9 @@ class StateWriter:
     """Writes step-N.pt in a thread while the next steps run, and keeps the newest two."""
 
     def __init__(self, out_dir: Path):
-        self.out_dir, self.thread, self.last = out_dir, concurrent.futures.ThreadPoolExecutor(1), None
+        self.out_dir = out_dir
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.last = None  # what is being written
 
     def write(self, state: dict) -> None:
         """Takes a copy of the state; waits for the one before it to be written."""
@@ -523,7 +529,8 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 
 def catch_signals() -> list[int]:
     """A list that a first SIGINT or SIGTERM is put into, for the loop to see; a second one ends the process at once."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    caught = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def catch(number, frame):
         caught.append(number)
@@ -596,7 +603,7 @@ def write_result(out_dir: Path, model: Llama, ckpt: Checkpoint | None, args: arg
     save(model, out_dir / "merged.pt", load_tokenizer(tokenizer) if tokenizer else None)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     say = tqdm.write if rank == 0 else lambda text: None
@@ -615,7 +622,8 @@ def main():
     plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
 
     # --- the folder of the run, and the processes
-    out_dir, base = Path(args.out_dir), ckpt.fingerprint() if ckpt else args.preset
+    out_dir = Path(args.out_dir)
+    base = ckpt.fingerprint() if ckpt else args.preset
     if rank == 0:
         lock = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  held until the process ends
     mesh = join_processes(args.device, world) if world > 1 or args.fsdp else None
@@ -641,7 +649,8 @@ def main():
         say(f"resuming after step {start} of {plan.steps}")
 
     # --- the loop
-    stop, writer = catch_signals(), StateWriter(out_dir)
+    stop = catch_signals()
+    writer = StateWriter(out_dir)
     if rank == 0:
         trim_log(out_dir / "log.jsonl", start)
     log = open(out_dir / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115  open to the end
@@ -769,7 +778,8 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
 
 def estimate(model: Llama, args: argparse.Namespace, world: int, rows: int, T: int) -> dict[str, int]:
     """Bytes a process needs, by part, for a largest micro-batch of rows x T tokens; all of them are tensors."""
-    c, shards = model.config, world if args.fsdp else 1
+    c = model.config
+    shards = world if args.fsdp else 1
     if c.n_layers <= 4:
         before, forward, peak = simulate(args, c, rows, T)
     else:  # every layer beyond the second adds the same
@@ -794,7 +804,8 @@ def estimate(model: Llama, args: argparse.Namespace, world: int, rows: int, T: i
 
 def dry_run(model: Llama, args: argparse.Namespace, train: Examples | None) -> None:
     """Prints what each of --dry_run N processes would need, and how long the run is."""
-    world, largest = args.dry_run, (max(1, args.max_tokens // PAPER_LENGTH), min(PAPER_LENGTH, args.max_tokens))
+    world = args.dry_run
+    largest = (max(1, args.max_tokens // PAPER_LENGTH), min(PAPER_LENGTH, args.max_tokens))
     if train is not None:
         plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
         targets, padded, parts = 0, 0, []
@@ -804,7 +815,8 @@ def dry_run(model: Llama, args: argparse.Namespace, train: Examples | None) -> N
             padded += padded_tokens(dealt, train.lengths)
             parts += [(len(part), int(train.lengths[part[0]])) for part in sum(dealt, []) if part]
         largest = max(parts, key=math.prod)
-    learn, total = sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())
+    learn = sum(p.numel() for p in trainable(model))
+    total = sum(p.numel() for p in model.parameters())
     print(f"trainable parameters   {learn:,} ({100 * learn / total:.3f}% of {total:,})")
     needs = estimate(model, args, world, *largest)
     print(f"memory of each process  ({world} in all, micro-batches of up to {largest[0]} x {largest[1]} tokens)")
