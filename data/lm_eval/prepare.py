@@ -198,8 +198,10 @@ def main():
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
     if args.config:
         configs = read_json(args.config, dict).get("configs", {})
-        if args.task not in configs or not args.json:
-            raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}; give --json as well")
+        if args.task not in configs:
+            raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}, not {args.task}")
+        if not args.json:
+            raise UserError(f"--config {args.config}: holds no documents; give them as --json FILE")
         render = from_config(configs[args.task], args.task)
     else:
         *source, render = TASKS[args.task]

@@ -335,7 +335,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     if args.pages < 100 or args.instructions < 1 or args.max_len < 2:
-        raise UserError("--pages: expected at least 100, --instructions 1, --max_len 2")
+        found = f"--pages {args.pages} --instructions {args.instructions} --max_len {args.max_len}"
+        raise UserError(f"{found}: expected at least 100, 1 and 2")
     out, rng = check_folder(args.out), random.Random(args.seed)
 
     facts, topics = make_world(rng), {}
