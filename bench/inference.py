@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.step import random_2of4  # noqa: E402
 from evaluate import to_semi_structured  # noqa: E402
-from model import PRESETS, Llama, UserError, cli  # noqa: E402
+from model import PRESETS, UserError, cli  # noqa: E402
 
 
 def seconds(function, repeats: int = 20) -> float:
@@ -33,13 +33,6 @@ def seconds(function, repeats: int = 20) -> float:
     return statistics.median(times[3:])
 
 
-def row(name: str, dense: float, sparse: float, difference: float) -> None:
-    print(
-        f"| {name} | {1e3 * dense:.2f} ms | {1e3 * sparse:.2f} ms | {dense / sparse:.2f} | {difference:.1e} |",
-        flush=True,
-    )
-
-
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Dense against 2:4, one linear and a whole prefill.")
@@ -51,13 +44,7 @@ def main():
     if not torch.cuda.is_available():
         raise UserError("needs an NVIDIA GPU of compute capability 8.0 or later")
     config, dtype = PRESETS[args.preset], getattr(torch, args.dtype)
-    with torch.device("meta"):
-        model = Llama(config).to(dtype)
-    model.to_empty(device="cuda").requires_grad_(False)
-    for name, p in model.named_parameters():
-        nn.init.ones_(p) if p.dim() == 1 else nn.init.normal_(p, std=0.02)
-        if name.endswith("_proj.weight"):
-            p.view(-1, 4)[:, ::2] = 0
+    model = random_2of4(config, dtype, "cuda").requires_grad_(False)
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, {args.preset}, {args.dtype}, {args.length} tokens a sequence\n")
     print("| what | dense | 2:4 | speed-up | relative difference |\n|---|---|---|---|---|")
@@ -77,7 +64,9 @@ def main():
     for (name, n), (x, y, t) in dense.items():
         run = model.hidden if name == "prefill" else linears[name]
         difference = (run(x) - y).float().norm() / y.float().norm()
-        row(f"{name}, batch {n}", t, seconds(lambda: run(x), 5 if name == "prefill" else 20), difference)  # noqa: B023
+        sparse = seconds(lambda: run(x), 5 if name == "prefill" else 20)  # noqa: B023
+        times = f"{1e3 * t:.2f} ms | {1e3 * sparse:.2f} ms | {t / sparse:.2f}"
+        print(f"| {name}, batch {n} | {times} | {difference:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,20 +40,24 @@ def make(form: str, m: int, n: int, dtype, device) -> nn.Module:
     return linear
 
 
-def step(layer, x, g):
+def step(layer: nn.Module, x: Tensor, g: Tensor) -> None:
+    """Forward and backward; x (T, n), and g (T, m) the gradient of the loss by the output."""
     x.grad = None
     layer.zero_grad(set_to_none=True)
     layer(x).backward(g)
 
 
-def units(layer, x, g, m, n) -> float:
+def units(layer: nn.Module, x: Tensor, g: Tensor) -> float:
+    """FLOPs of a step, counted, in products of T x n by n x m."""
     with FlopCounterMode(display=False) as counter:
         step(layer, x, g)
-    reductions = 4 * m * n if getattr(layer, "matmul", "") == "fused" else 0  # matrix-vector products, whatever T is
-    return (counter.get_total_flops() - reductions) / (2 * len(x) * m * n)
+    (T, n), m = x.shape, g.shape[1]
+    # `fused` reduces G to the gradients of alpha and beta by matrix-vector products: no multiple of T, so no units
+    reductions = 4 * m * n if getattr(layer, "matmul", "") == "fused" else 0
+    return (counter.get_total_flops() - reductions) / (2 * T * m * n)
 
 
-def saved_bytes(layer, x) -> int:
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Kept for backward beyond x and the parameters, each storage once."""
     known, saved = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}, {}
 
@@ -67,7 +71,8 @@ def saved_bytes(layer, x) -> int:
     return sum(saved.values())
 
 
-def clock(layer, x, g) -> float:
+def clock(layer: nn.Module, x: Tensor, g: Tensor) -> float:
+    """Seconds of a step."""
     cuda = x.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -83,7 +88,7 @@ def measure(T: int, n: int, m: int, dtype, device, repeats: int) -> dict[str, di
     g = torch.randn(T, m, dtype=dtype, device=device)
     layers = {form: make(form, m, n, dtype, device) for form in FORMS}
     rows = {
-        form: {"units": units(layer, x, g, m, n), "saved": saved_bytes(layer, x) / (m * n * dtype.itemsize)}
+        form: {"units": units(layer, x, g), "saved": saved_bytes(layer, x) / (m * n * dtype.itemsize)}
         for form, layer in layers.items()
     }
     times = {form: [] for form in FORMS}

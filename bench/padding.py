@@ -22,12 +22,6 @@ from spp import inject  # noqa: E402
 from train import Examples, Plan, deal, padded_tokens  # noqa: E402
 
 
-def waste(data: Examples, batches: list[list[list[int]]]) -> float:
-    """Share of the computed positions that predict nothing."""
-    useful = sum(int(data.lengths[part].sum()) for parts in batches for part in parts if len(part))
-    return 1 - useful / sum(padded_tokens([parts], data.lengths) for parts in batches)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Padding, and useful tokens per second, of two ways to make batches.")
     parser.add_argument("--data", required=True, help="folder that data/alpaca/prepare.py wrote")
@@ -64,8 +58,10 @@ def main():
     )
     print("| batches | padding, share of computed tokens | useful tokens/s |\n|---|---|---|")
     for way, batches in ways.items():
+        useful = sum(data.lengths[part].sum() for parts in batches for part in parts if len(part))
+        waste = 1 - useful / padded_tokens(batches, data.lengths)
         speeds = [data.lengths[every[step]].sum() / t for step, t in enumerate(seconds[way])]
-        print(f"| {way} | {100 * waste(data, batches):.1f}% | {statistics.median(speeds):,.0f} |")
+        print(f"| {way} | {100 * waste:.1f}% | {statistics.median(speeds):,.0f} |")
 
 
 if __name__ == "__main__":

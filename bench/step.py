@@ -18,20 +18,27 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import PRESETS, Llama  # noqa: E402
+from model import PRESETS, Llama, LlamaConfig  # noqa: E402
 from spp import inject  # noqa: E402
 
 
-def build(args, form: str) -> Llama:
-    config = PRESETS[args.preset]
-    config = replace(config, n_layers=args.layers or config.n_layers)
+@torch.no_grad()
+def random_2of4(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
+    """A model of random weights, made where it is needed, with two zeros in every four of a projection's weights."""
     with torch.device("meta"):
-        model = Llama(config).to(getattr(torch, args.dtype))
-    model.to_empty(device=args.device)
+        model = Llama(config).to(dtype)
+    model.to_empty(device=device)
     for name, p in model.named_parameters():
         nn.init.ones_(p) if p.dim() == 1 else nn.init.normal_(p, std=0.02)
         if name.endswith("_proj.weight"):
-            p.data.view(-1, 4)[:, ::2] = 0
+            p.view(-1, 4)[:, ::2] = 0
+    return model
+
+
+def build(args: argparse.Namespace, form: str) -> Llama:
+    config = PRESETS[args.preset]
+    config = replace(config, n_layers=args.layers or config.n_layers)
+    model = random_2of4(config, getattr(torch, args.dtype), args.device)
     model.activation_checkpointing = args.activation_checkpointing
     if form == "lora":
         return inject(model, method="lora", r=8)

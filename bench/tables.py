@@ -18,8 +18,12 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from evaluate import SEVEN  # noqa: E402
 
 NAMES = {
     "wanda": "Wanda",
@@ -29,7 +33,6 @@ NAMES = {
     "lora (dense)": "LoRA (dense)",
     "masked_lora": "masked LoRA",
 }
-SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
 COLOURS = {"LoRA*": "#dd6b20", "SPP": "#2b6cb0", "masked LoRA": "#b7791f", "masked": "#2f855a", "dynamic": "#805ad5"}
 
 
@@ -170,6 +173,15 @@ def picture(width: int, height: int, parts: list[str]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{ground}' + "\n".join(parts) + "</svg>\n"
 
 
+def legend(names: dict[str, str]) -> list[str]:
+    """Squares with their names, {name: colour}, under the panels."""
+    parts = []
+    for i, (name, colour) in enumerate(names.items()):
+        parts.append(f'<rect x="{40 + 108 * i}" y="282" width="12" height="12" fill="{colour}"/>')
+        parts.append(text(56 + 108 * i, 292, name))
+    return parts
+
+
 def svg(rows: list[dict]) -> str:
     """The bars of the terminal."""
     parts = []
@@ -208,9 +220,7 @@ def recovered(rows: list[dict]) -> str:
                         sd = statistics.stdev(values)
                         parts.append(line(x + 6, up(mean - sd), x + 6, up(min(100, mean + sd))))
                     x += 13
-    for i, (name, colour) in enumerate({"pruned": "#b8b8b8", **COLOURS, "dense (dashed)": "#444"}.items()):
-        parts += [f'<rect x="{40 + 108 * i}" y="282" width="12" height="12" fill="{colour}"/>']
-        parts += [text(56 + 108 * i, 292, name)]
+    parts += legend({"pruned": "#b8b8b8", **COLOURS, "dense (dashed)": "#444"})
     return picture(40 + wide * len(pruners), 304, parts)
 
 
@@ -242,9 +252,7 @@ def losses(records: list[dict]) -> str:
             points = " ".join(f"{left + (wide - 60) * x / max(1, last):.1f},{up(y):.1f}" for x, y in mean)
             colour = COLOURS.get(method, "#444")
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    for i, (name, colour) in enumerate(COLOURS.items()):
-        parts += [f'<rect x="{40 + 108 * i}" y="282" width="12" height="12" fill="{colour}"/>']
-        parts += [text(56 + 108 * i, 292, name)]
+    parts += legend(COLOURS)
     parts.append(text(56 + 108 * len(COLOURS), 292, "LoRA*: before the mask is applied again"))
     return picture(40 + wide * len(shown), 304, parts)
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole method on a world that fits a laptop. Every command is echoed as you would type it.
 #   make demo        Wanda and SparseGPT at four sparsities, SPP after each; minutes on two cores
-#   make demo-full   three worlds, every way to fine-tune; about 40 minutes of one core; a killed run goes on
+#   make demo-full   three worlds, every way to fine-tune; about 45 minutes of one core; a killed run goes on
 set -e
 export OMP_NUM_THREADS=1 # threads of one process wait for each other: two processes use two cores better
 run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }

@@ -1,4 +1,5 @@
-# What the scripts of the paper's tables share. Each sets its arguments, then sources this file from the repository root:
+# What the scripts of the paper's tables share. Each names its models, sources this file from the repository root, says
+# what is done to a pruned model (`variants`), and makes its table:
 #
 #   sh runs/table2.sh --dry_run                     # every command, and what every training would need; without weights
 #   GPUS=8 LLAMAS=/models OUT=out/paper sh runs/table2.sh
@@ -7,7 +8,7 @@
 # a Meta directory. Results go to $OUT/MODEL/NAME.json, checkpoints beside them. What exists is not made again, so that a
 # killed script goes on when it is started again, and tables that share models share the work. The settings are the
 # paper's, by size (PAPER in train.py); 30B and larger are sharded. evaluate.py holds a whole model on each GPU: 65B and 70B
-# do not fit 80 GB in bfloat16.
+# do not fit 80 GB in bfloat16. MODELS, such as "llama-7b llama-13b", are the models to take in place of a script's own.
 #
 # GPU-hours in the scripts are estimated, not measured: FLOPs at 40% of an A100's 312 TFLOP/s in bfloat16. Per token and
 # weight of the blocks' linears: SPP 6 FLOPs (3 units), LoRA 4, and 2 more where activations are recomputed (30B and
@@ -18,6 +19,7 @@ set -e
 GPUS=${GPUS:-8} LLAMAS=${LLAMAS:-models} OUT=${OUT:-out/paper} TASKS=${TASKS:-data/lm_eval}
 WIKITEXT=${WIKITEXT:-data/wikitext2_test.txt} # the raw test set as one file
 PYTHON=${PYTHON:-python}
+SEVEN="boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa"
 dry= seen=
 [ "$1" = --dry_run ] && dry=1
 
@@ -32,29 +34,24 @@ prepare() {
     [ -e data/alpaca/train.npy ] || run $PYTHON data/alpaca/prepare.py --tokenizer $LLAMAS/$1 --out data/alpaca
     [ -e data/c4/calib.npy ] ||
         run $PYTHON data/c4/prepare.py --tokenizer $LLAMAS/$1 --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
-    for task in boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa; do
+    for task in $SEVEN; do
         [ -e $TASKS/samples_$task.jsonl ] || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
     done
+    [ ! "$MMLU" ] || [ "$dry" ] || [ -e $TASKS/samples_mmlu_anatomy.jsonl ] ||
+        run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
 }
 
 # evaluate MODEL NAME CHECKPOINT: the seven tasks without BOS, as the paper, and perplexity; with MMLU=1 5-shot MMLU
 evaluate() {
-    dir=$OUT/$1 files=
+    to=$OUT/${MMLU:+mmlu/}$1/$2.json
+    [ -e $to ] && return
+    [ "$dry" ] || mkdir -p ${to%/*}
     if [ "$MMLU" ]; then
-        dir=$OUT/mmlu/$1
-        [ -e $TASKS/samples_mmlu_anatomy.jsonl ] || [ "$dry" ] || run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
-        set -- $1 $2 $3 $TASKS/samples_mmlu_*.jsonl
+        what="$TASKS/samples_mmlu_*.jsonl"
     else
-        for task in boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa; do
-            files="$files $TASKS/samples_$task.jsonl"
-        done
-        set -- $1 $2 $3 $files --ppl $WIKITEXT
+        what="$(printf "$TASKS/samples_%s.jsonl " $SEVEN) --ppl $WIKITEXT"
     fi
-    [ -e $dir/$2.json ] && return
-    [ "$dry" ] || mkdir -p $dir
-    to=$dir/$2.json from=$3
-    shift 3
-    run torchrun --nproc_per_node=$GPUS evaluate.py --ckpt $from --tasks "$@" --out $to
+    run torchrun --nproc_per_node=$GPUS evaluate.py --ckpt $3 --tasks $what --out $to
 }
 
 # dense MODEL
@@ -78,8 +75,8 @@ tuned() {
     out=$OUT/$model/$as
     if [ "$dry" ]; then
         show torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
-        case $seen in
-        *"<$model $*>"*) ;; # another mask, the same needs
+        case $seen in # what a training needs is printed once per model and flags: another mask needs the same
+        *"<$model $*>"*) ;;
         *) $PYTHON train.py --preset $model --dtype bfloat16 --dry_run $GPUS "$@" ;;
         esac
         seen="$seen<$model $*>"
@@ -92,3 +89,22 @@ tuned() {
 
 # collect N: the table, the paper's figures beside ours
 collect() { run $PYTHON bench/tables.py --paper $1 $OUT/${MMLU:+mmlu/}llama-*/*.json; }
+
+# table N "METHOD ..." "SPARSITY ...": each of $MODELS, pruned by each method to each sparsity, and then what the script's
+# `variants` does to it; a method "dense" is the model as it came
+table() {
+    prepare ${MODELS%% *}
+    for model in $MODELS; do
+        for method in $2; do
+            if [ $method = dense ]; then
+                dense $model
+                continue
+            fi
+            for sparsity in $3; do
+                pruned $model $method $sparsity
+                variants
+            done
+        done
+    done
+    collect $1
+}

@@ -4,17 +4,11 @@
 MODELS=${MODELS:-llama-7b}
 . runs/paper.sh
 
-prepare ${MODELS%% *}
-for model in $MODELS; do
-    for method in wanda sparsegpt; do
-        for sparsity in 2:4 0.5; do
-            pruned $model $method $sparsity
-            tuned spp-r4 --r 4
-            tuned spp-r8 --r 8
-            tuned spp-no_beta --no_beta
-            tuned spp-zero_none --zero_init none
-            tuned spp
-        done
-    done
-done
-collect 4
+variants() {
+    tuned spp-r4 --r 4
+    tuned spp-r8 --r 8
+    tuned spp-no_beta --no_beta
+    tuned spp-zero_none --zero_init none
+    tuned spp
+}
+table 4 "wanda sparsegpt" "2:4 0.5"

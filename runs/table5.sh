@@ -4,12 +4,8 @@
 MODELS=${MODELS:-llama-7b llama-30b}
 . runs/paper.sh
 
-prepare ${MODELS%% *}
-for model in $MODELS; do
-    for sparsity in 0.75 2:8; do
-        pruned $model wanda $sparsity
-        tuned lora --method lora --r 8
-        tuned spp
-    done
-done
-collect 5
+variants() {
+    tuned lora --method lora --r 8
+    tuned spp
+}
+table 5 wanda "0.75 2:8"

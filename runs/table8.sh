@@ -4,15 +4,9 @@
 MODELS=${MODELS:-llama-7b}
 . runs/paper.sh
 
-prepare ${MODELS%% *}
-for model in $MODELS; do
-    for method in wanda sparsegpt; do
-        for sparsity in 2:4 0.5; do
-            pruned $model $method $sparsity
-            tuned spp-zero_none --zero_init none
-            tuned spp-zero_alpha --zero_init alpha
-            tuned spp
-        done
-    done
-done
-collect 8
+variants() {
+    tuned spp-zero_none --zero_init none
+    tuned spp-zero_alpha --zero_init alpha
+    tuned spp
+}
+table 8 "wanda sparsegpt" "2:4 0.5"

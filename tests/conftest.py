@@ -1,4 +1,4 @@
-"""What several test files need: a tokenizer and a model so small that making them takes a second."""
+"""What several test files need: a tokenizer and a model so small that making them takes a second, and its pruning."""
 
 import random
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from torch import nn
 
 from model import PRESETS, Llama, save
 
@@ -13,6 +14,15 @@ SHARED = Path(__file__).parents[2] / "shared" / "real"
 needs_shared = pytest.mark.skipif(
     not SHARED.exists(), reason=f"{SHARED} is absent: real inputs are not in the repository"
 )
+
+
+def prune_by_magnitude(model: nn.Module, n: int, m: int) -> nn.Module:
+    """Keeps the n largest of every m weights of each projection, in place; the model is ours or Hugging Face's."""
+    for name, p in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            groups = p.data.view(-1, m)
+            groups.scatter_(1, groups.abs().topk(m - n, largest=False).indices, 0)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -2,31 +2,25 @@
 
 import dataclasses
 import gzip
-import importlib.util
 import io
 import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import needs_shared
+from conftest import SHARED, needs_shared
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "real"
+from data.alpaca import prepare as alpaca
+from data.c4 import prepare as c4
+from data.lm_eval import prepare as lm_eval
+from data.tiny import prepare as tiny
+from model import PRESETS, Llama, UserError, load_tokenizer, save
 
-
-def load_script(path):
-    """prepare.py as a module; three files share that name, so each gets its own."""
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-alpaca = load_script("data/alpaca/prepare.py")
+ROOT = Path(__file__).parents[1]
 
 RECORDS = [
     {
@@ -38,10 +32,8 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """Path of a small sentencepiece model in LLaMA's manner."""
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+def train_tokenizer(path: Path, **options) -> Path:
+    """A sentencepiece model of the records that gives every character back, as LLaMA's does."""
     model = io.BytesIO()
     text = [line for r in RECORDS for line in (alpaca.prompt(r) + r["output"]).split("\n")]
     sentencepiece.SentencePieceTrainer.train(
@@ -54,22 +46,51 @@ def tokenizer(tmp_path_factory):
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        **options,
     )
     path.write_bytes(model.getvalue())
     return path
 
 
-def run(script, *argv):
-    """Runs a script as a user would; returns (exit status, stdout, stderr)."""
-    command = [sys.executable, str(ROOT / script), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory) -> Path:
+    """A tokenizer.model from which every record comes back."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
-def call(module, monkeypatch, *argv):
-    """Runs a script's main in this process."""
+def call(script, monkeypatch, *argv) -> None:
+    """Runs a prepare.py with these arguments, in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, argv)])
-    module.main()
+    script.main()
+
+
+def refusal(script, monkeypatch, *argv) -> str:
+    """The line in which a prepare.py refuses these arguments."""
+    with pytest.raises(UserError) as e:
+        call(script, monkeypatch, *argv)
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    "folder, flags, words",
+    [
+        ("alpaca", ("--tokenizer", "none.model", "--out", "out"), "none.model: cannot be read"),
+        ("c4", ("--tokenizer", "none.model", "--out", "out.npy"), "none.model: cannot be read"),
+        ("lm_eval", ("--task", "nope", "--out", "out"), "--task nope"),
+        ("tiny", ("--pages", "5", "--out", "out"), "--pages 5"),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_2(tmp_path, folder, flags, words):
+    """The commands themselves; what else they refuse is tested in this process: to start one takes a second."""
+    line = [sys.executable, str(ROOT / "data" / folder / "prepare.py"), *flags]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alpaca
 
 
 def examples(folder, split):
@@ -97,10 +118,10 @@ def test_prompts_are_alpacas_word_for_word():
     )
 
 
-def test_every_record_comes_back_from_the_tokens(tmp_path, monkeypatch, tokenizer, records_file):
+def test_every_record_comes_back_from_the_tokens(tmp_path, monkeypatch, lossless, records_file):
     out = tmp_path / "out"
-    call(alpaca, monkeypatch, "--tokenizer", tokenizer, "--json", records_file, "--val", 5, "--out", out)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    call(alpaca, monkeypatch, "--tokenizer", lossless, "--json", records_file, "--val", 5, "--out", out)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(lossless))
     train, val = examples(out, "train"), examples(out, "val")
     assert (len(train), len(val)) == (len(RECORDS) - 5, 5)
     assert np.load(out / "train.npy").dtype == np.uint16
@@ -118,60 +139,57 @@ def test_every_record_comes_back_from_the_tokens(tmp_path, monkeypatch, tokenize
     assert (meta["train"], meta["val"], meta["vocab_size"]) == (len(train), len(val), sp.vocab_size())
 
 
-def test_the_held_out_examples_depend_on_the_seed_alone(tmp_path, monkeypatch, tokenizer, records_file):
+def test_the_held_out_examples_depend_on_the_seed_alone(tmp_path, monkeypatch, lossless, records_file):
     folders = [tmp_path / name for name in "abc"]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
-        argv = ("--tokenizer", tokenizer, "--json", records_file, "--val", 5, "--seed", seed, "--out", folder)
+        argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--seed", seed, "--out", folder)
         call(alpaca, monkeypatch, *argv)
     a, b, c = (examples(folder, "val") for folder in folders)
     assert a == b and a != c
 
 
-def test_long_examples_are_cut_at_max_len(tmp_path, monkeypatch, tokenizer, records_file):
-    argv = ("--tokenizer", tokenizer, "--json", records_file, "--val", 5, "--max_len", 40, "--out", tmp_path / "out")
+def test_long_examples_are_cut_at_max_len(tmp_path, monkeypatch, lossless, records_file):
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--max_len", 40, "--out", tmp_path / "out")
     call(alpaca, monkeypatch, *argv)
     for tokens, n in examples(tmp_path / "out", "train"):
         assert len(tokens) == 40 and 1 <= n <= 40
 
 
-def test_a_second_run_replaces_the_folder_and_leaves_other_files(tmp_path, monkeypatch, tokenizer, records_file):
+def test_a_second_run_replaces_the_folder_and_leaves_other_files(tmp_path, monkeypatch, lossless, records_file):
     out = tmp_path / "out"
     out.mkdir()
     (out / "prepare.py").write_text("mine")
     for val in (5, 7):
-        call(alpaca, monkeypatch, "--tokenizer", tokenizer, "--json", records_file, "--val", val, "--out", out)
+        call(alpaca, monkeypatch, "--tokenizer", lossless, "--json", records_file, "--val", val, "--out", out)
         assert len(examples(out, "val")) == val
     assert (out / "prepare.py").read_text() == "mine"
     assert not [f for f in out.iterdir() if f.name.startswith(".")]
 
 
-def test_a_disk_that_fills_up_leaves_the_old_folder(tmp_path, monkeypatch, tokenizer, records_file):
+def test_a_disk_that_fills_up_leaves_the_old_folder(tmp_path, monkeypatch, lossless, records_file):
     out = tmp_path / "out"
-    call(alpaca, monkeypatch, "--tokenizer", tokenizer, "--json", records_file, "--val", 5, "--out", out)
+    call(alpaca, monkeypatch, "--tokenizer", lossless, "--json", records_file, "--val", 5, "--out", out)
     before = {f.name: f.read_bytes() for f in out.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(alpaca.np, "save", full)
-    with pytest.raises(alpaca.UserError, match="No space left"):
-        call(alpaca, monkeypatch, "--tokenizer", tokenizer, "--json", records_file, "--val", 7, "--out", out)
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", 7, "--out", out)
+    assert "No space left" in refusal(alpaca, monkeypatch, *argv)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
 
 
-def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, monkeypatch, tokenizer, records_file):
-    from model import PRESETS, Llama, load_tokenizer, save
-
+def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, monkeypatch, lossless, records_file):
     model = Llama(dataclasses.replace(PRESETS["test"], vocab_size=512))
-    save(model, tmp_path / "model.pt", load_tokenizer(tokenizer))
+    save(model, tmp_path / "model.pt", load_tokenizer(lossless))
     save(model, tmp_path / "bare.pt")
-    for i, source in enumerate([tokenizer, tokenizer.parent, tmp_path / "model.pt"]):
+    for i, source in enumerate([lossless, lossless.parent, tmp_path / "model.pt"]):
         out = tmp_path / f"out{i}"
         call(alpaca, monkeypatch, "--tokenizer", source, "--json", records_file, "--val", 5, "--out", out)
         assert examples(out, "val") == examples(tmp_path / "out0", "val")
-    with pytest.raises(alpaca.UserError, match="holds no tokenizer"):
-        argv = ("--tokenizer", tmp_path / "bare.pt", "--json", records_file, "--val", 5, "--out", tmp_path / "x")
-        call(alpaca, monkeypatch, *argv)
+    argv = ("--tokenizer", tmp_path / "bare.pt", "--json", records_file, "--val", 5, "--out", tmp_path / "x")
+    assert "bare.pt: holds no tokenizer" in refusal(alpaca, monkeypatch, *argv)
 
 
 @pytest.mark.parametrize(
@@ -189,45 +207,82 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ("[]", "0 records"),
     ],
 )
-def test_bad_records_are_named(tmp_path, monkeypatch, tokenizer, content, message):
+def test_bad_records_are_named(tmp_path, monkeypatch, lossless, content, message):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(alpaca.UserError, match=message) as e:
-        call(alpaca, monkeypatch, "--tokenizer", tokenizer, "--json", path, "--val", 5, "--out", tmp_path / "out")
-    assert "\n" not in str(e.value) and str(path) in str(e.value)
+    argv = ("--tokenizer", lossless, "--json", path, "--val", 5, "--out", tmp_path / "out")
+    assert f"{path}: {message}" in refusal(alpaca, monkeypatch, *argv)
     assert not (tmp_path / "out").exists()
 
 
-def test_empty_records_are_left_out_when_asked_for(tmp_path, monkeypatch, capsys, tokenizer):
+def test_empty_records_are_left_out_when_asked_for(tmp_path, monkeypatch, capsys, lossless):
     path = tmp_path / "records.json"
     path.write_text(json.dumps([*RECORDS, {"instruction": "a", "output": ""}]))
-    argv = ("--tokenizer", tokenizer, "--json", path, "--val", 5, "--skip_empty", "--out", tmp_path / "out")
+    argv = ("--tokenizer", lossless, "--json", path, "--val", 5, "--skip_empty", "--out", tmp_path / "out")
     call(alpaca, monkeypatch, *argv)
     assert f"1 of {len(RECORDS) + 1} records have an empty" in capsys.readouterr().out
     assert len(examples(tmp_path / "out", "train")) == len(RECORDS) - 5
 
 
-def test_bad_flags_end_in_one_line_and_status_2(tmp_path, tokenizer, records_file):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "meta.json").write_text("{}")
-    good = {"--tokenizer": tokenizer, "--json": records_file, "--val": 5, "--out": tmp_path / "out"}
-    for flag, value, message in [
-        ("--tokenizer", tmp_path / "none.model", "none.model: cannot be read"),
-        ("--tokenizer", records_file, "is not a sentencepiece model"),
-        ("--json", tmp_path / "none.json", "none.json: cannot be read"),
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--tokenizer", "none.model", "none.model: cannot be read"),
+        ("--tokenizer", "records.json", "records.json: is not a sentencepiece model"),
+        ("--json", "none.json", "--json none.json: cannot be read"),
         ("--val", 0, "--val 0: expected at least 1"),
         ("--max_len", 1, "--max_len 1: expected at least 2"),
-        ("--out", tmp_path / "file", "is a file, expected a folder"),
-        ("--out", tmp_path / "theirs", "that no prepare.py wrote"),
-    ]:
-        status, _, stderr = run("data/alpaca/prepare.py", *(x for pair in {**good, flag: value}.items() for x in pair))
-        assert (status, len(stderr.splitlines())) == (2, 1), stderr
-        assert message in stderr
+        ("--out", "file", "--out file: is a file, expected a folder"),
+        ("--out", "theirs", "--out theirs: holds a train.npy or meta.json that no prepare.py wrote"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, lossless, records_file, flag, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("theirs").mkdir()
+    Path("theirs/meta.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--out", "out", flag, value)
+    assert message in refusal(alpaca, monkeypatch, *argv)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/real")
-def test_real_alpaca_records_with_llamas_tokenizer(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_refused_at_once(tmp_path, monkeypatch, lossless, records_file):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--out", tmp_path / "a" / "b")
+    assert refusal(alpaca, monkeypatch, *argv).endswith(f"cannot be written: no permission in {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "script, absent, words",
+    [(alpaca, "bos_id", "no BOS or no EOS"), (alpaca, "eos_id", "no BOS or no EOS"), (c4, "bos_id", "no BOS")],
+    ids=("alpaca-bos", "alpaca-eos", "c4-bos"),
+)
+def test_a_tokenizer_without_a_token_that_is_needed_is_refused(tmp_path, monkeypatch, script, absent, words):
+    path = train_tokenizer(tmp_path / "bare.model", **{absent: -1})
+    argv = ("--tokenizer", path, "--json", tmp_path / "never read", "--out", tmp_path / "out.npy")
+    assert f"--tokenizer {path}: has {words} token" in refusal(script, monkeypatch, *argv)
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, lossless):
+    def urlopen(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    hint = "fetch it elsewhere and give it as --json"
+    argv = ("--tokenizer", lossless, "--out", tmp_path / "out.npy")
+    for script, url in ((alpaca, alpaca.URL), (c4, c4.URL)):
+        line = refusal(script, monkeypatch, *argv)
+        assert line.startswith(url) and "no network" in line and hint in line
+    line = refusal(lm_eval, monkeypatch, "--task", "boolq", "--out", tmp_path)
+    assert line.startswith("aps/super_glue cannot be downloaded (no network)") and hint in line
+    assert not [*tmp_path.iterdir()]
+
+
+@needs_shared
+def test_real_alpaca_records_come_back_from_llamas_tokens(tmp_path, monkeypatch):
     argv = ("--tokenizer", SHARED / "llama_tokenizer.model", "--json", SHARED / "alpaca_en_demo.json", "--val", 99)
     call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
     train, val = examples(tmp_path / "out", "train"), examples(tmp_path / "out", "val")
@@ -242,56 +297,71 @@ def test_real_alpaca_records_with_llamas_tokenizer(tmp_path, monkeypatch):
 # C4: calibration windows
 
 
-def c4(tmp_path, *flags, lines=None):
-    words = ["bada kimu dogu ruku " * 30, "bada", "ruku mina bada " * 40]
-    source = tmp_path / "c4.jsonl"
-    source.write_text("".join(line + "\n" for line in lines or [json.dumps({"text": text}) for text in words]))
-    line = [
-        sys.executable,
-        ROOT / "data" / "c4" / "prepare.py",
-        "--json",
-        source,
-        "--out",
-        tmp_path / "calib.npy",
-        *flags,
-    ]
-    return subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=60)
+DOCUMENTS = ("bada kimu dogu ruku " * 30, "bada", "ruku mina bada " * 40)
 
 
-def test_calibration_windows_are_pieces_of_long_documents(tmp_path, tokenizer_file):
-    tokenizer = sentencepiece.SentencePieceProcessor(str(tokenizer_file))
-    result = c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 20, "--seqlen", 32)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def documents_file(tmp_path) -> Path:
+    path = tmp_path / "c4.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return path
+
+
+def test_calibration_windows_are_pieces_of_long_documents(tmp_path, monkeypatch, tokenizer_file, documents_file):
+    argv = ("--tokenizer", tokenizer_file, "--json", documents_file, "--nsamples", 20, "--seqlen", 32)
+    call(c4, monkeypatch, *argv, "--out", tmp_path / "calib.npy")
     windows = np.load(tmp_path / "calib.npy")
     assert windows.shape == (20, 32) and windows.dtype == np.int32
-    documents = [[1, *tokenizer.encode(text)] for text in ("bada kimu dogu ruku " * 30, "ruku mina bada " * 40)]
+    tokenizer = load_tokenizer(tokenizer_file)
+    long = [[1, *tokenizer.encode(text)] for text in (DOCUMENTS[0], DOCUMENTS[2])]
     for w in windows.tolist():
-        assert any(w == d[i : i + 32] for d in documents for i in range(len(d) - 32))
+        assert any(w == d[i : i + 32] for d in long for i in range(len(d) - 32))
 
 
-def test_gzipped_c4_gives_the_same_windows(tmp_path, tokenizer_file):
-    c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 4, "--seqlen", 16)
-    plain = np.load(tmp_path / "calib.npy")
-    (tmp_path / "c4.json.gz").write_bytes(gzip.compress((tmp_path / "c4.jsonl").read_bytes()))
-    c4(tmp_path, "--tokenizer", tokenizer_file, "--nsamples", 4, "--seqlen", 16, "--json", tmp_path / "c4.json.gz")
-    assert np.array_equal(plain, np.load(tmp_path / "calib.npy"))
+def test_gzipped_c4_gives_the_same_windows(tmp_path, monkeypatch, tokenizer_file, documents_file):
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress(documents_file.read_bytes()))
+    argv = ("--tokenizer", tokenizer_file, "--nsamples", 4, "--seqlen", 16)
+    for source, out in ((documents_file, "plain.npy"), (tmp_path / "c4.json.gz", "gzipped.npy")):
+        call(c4, monkeypatch, *argv, "--json", source, "--out", tmp_path / out)
+    assert np.array_equal(np.load(tmp_path / "plain.npy"), np.load(tmp_path / "gzipped.npy"))
 
 
 @pytest.mark.parametrize(
-    "flags, lines, words",
+    "flags, words",
     [
-        (("--seqlen", 9999), None, "none of the 3 documents"),
-        (("--seqlen", 0), None, "--seqlen 0"),
-        (("--seqlen", 8), ["not json"], "line 1"),
-        (("--seqlen", 8), ['{"txt": 1}'], "line 1"),
-        (("--json", "nowhere.jsonl"), None, "nowhere.jsonl"),
-        (("--tokenizer", "nowhere.model"), None, "nowhere.model"),
-        (("--out", "calib.txt"), None, ".npy"),
+        (("--seqlen", 9999), "none of the 3 documents has more than --seqlen 9999 tokens"),
+        (("--seqlen", 0), "--seqlen 0: must both be at least 1"),
+        (("--nsamples", 0), "--nsamples 0 --seqlen 2048: must both be at least 1"),
+        (("--json", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+        (("--tokenizer", "nowhere.model"), "nowhere.model: cannot be read"),
+        (("--out", "calib.txt"), "--out calib.txt: must end in .npy"),
     ],
 )
-def test_wrong_calibration_input_is_one_line(tmp_path, tokenizer_file, flags, lines, words):
-    result = c4(tmp_path, "--tokenizer", tokenizer_file, *flags, lines=lines)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+def test_wrong_calibration_flags_are_refused_in_one_line(
+    tmp_path, monkeypatch, tokenizer_file, documents_file, flags, words
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ("--tokenizer", tokenizer_file, "--json", documents_file, "--out", "calib.npy", *flags)
+    assert words in refusal(c4, monkeypatch, *argv)
+    assert [*tmp_path.iterdir()] == [documents_file]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"not json", "line 1 is not a JSON object"),
+        (b'{"text": "a"}\n{"txt": 1}', "line 2 is not a JSON object"),
+        (b'{"text": 1}', "line 1 is not a JSON object"),
+        (b"", "holds no document"),
+        (gzip.compress(b'{"text": "a"}')[:-4], "is a truncated or damaged gzip file"),
+    ],
+    ids=("no json", "no text", "no string", "empty", "truncated"),
+)
+def test_a_file_that_is_not_like_c4_is_refused_by_its_name(tmp_path, monkeypatch, tokenizer_file, content, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    argv = ("--tokenizer", tokenizer_file, "--json", path, "--seqlen", 8, "--out", tmp_path / "calib.npy")
+    assert f"{path}: {words}" in refusal(c4, monkeypatch, *argv)
     assert not (tmp_path / "calib.npy").exists()
 
 
@@ -299,33 +369,27 @@ def test_wrong_calibration_input_is_one_line(tmp_path, tokenizer_file, flags, li
 # lm-eval's tasks without lm-eval
 
 
-def render(tmp_path, *flags):
-    line = [sys.executable, ROOT / "data" / "lm_eval" / "prepare.py", "--out", tmp_path, *flags]
-    return subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=60)
-
-
 @needs_shared
 @pytest.mark.parametrize("task", ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "openbookqa"))
 @pytest.mark.parametrize("with_config", (False, True))
-def test_tasks_are_rendered_as_lm_eval_does(tmp_path, task, with_config):
+def test_tasks_are_rendered_as_lm_eval_does(tmp_path, monkeypatch, task, with_config):
     samples = SHARED / "lm_eval" / "samples"
     theirs = [json.loads(x) for x in (samples / f"dummy_0shot__{task}_local.jsonl").read_text().splitlines()]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(r["doc"]) + "\n" for r in theirs))
-    flags = ("--task", task, "--json", tmp_path / "docs.jsonl")
+    argv = ("--json", tmp_path / "docs.jsonl", "--out", tmp_path, "--task", task)
     if with_config:
-        flags = ("--task", f"{task}_local", *flags[2:], "--config", samples / "dummy_0shot__results.json")
-    result = render(tmp_path, *flags)
-    if with_config and task in ("hellaswag", "winogrande"):
-        assert result.returncode == 2 and "Python" in result.stderr
+        argv = (*argv[:-1], task := f"{task}_local", "--config", samples / "dummy_0shot__results.json")
+    if task in ("hellaswag_local", "winogrande_local"):
+        assert "is Python code, not a template" in refusal(lm_eval, monkeypatch, *argv)
         return
-    assert result.returncode == 0, result.stderr
-    ours = [json.loads(x) for x in (tmp_path / f"samples_{flags[1]}.jsonl").read_text().splitlines()]
+    call(lm_eval, monkeypatch, *argv)
+    ours = [json.loads(x) for x in (tmp_path / f"samples_{task}.jsonl").read_text().splitlines()]
     assert [r["arguments"] for r in ours] == [r["arguments"] for r in theirs]
     assert [r["target"] for r in ours] == [r["target"] for r in theirs]
 
 
 @needs_shared
-def test_mmlu_is_rendered_with_its_five_shots(tmp_path):
+def test_mmlu_is_rendered_with_its_five_shots(tmp_path, monkeypatch):
     theirs = [
         json.loads(x)
         for x in (SHARED / "lm_eval" / "samples" / "dummy_mmlu5__mmlu_abstract_algebra_local.jsonl")
@@ -351,64 +415,114 @@ def test_mmlu_is_rendered_with_its_five_shots(tmp_path):
         )
     for name, docs in (("test", [r["doc"] for r in theirs]), ("dev", dev)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    result = render(tmp_path, "--task", "mmlu", "--json", tmp_path / "test.jsonl", "--shots", tmp_path / "dev.jsonl")
-    assert result.returncode == 0, result.stderr
+    argv = ("--task", "mmlu", "--json", tmp_path / "test.jsonl", "--shots", tmp_path / "dev.jsonl", "--out", tmp_path)
+    call(lm_eval, monkeypatch, *argv)
     ours = [json.loads(x) for x in (tmp_path / "samples_mmlu_abstract_algebra.jsonl").read_text().splitlines()]
     assert [r["arguments"] for r in ours] == [r["arguments"] for r in theirs]
+
+
+def test_a_data_set_is_downloaded_page_by_page(tmp_path, monkeypatch):
+    documents = [{"passage": f"p{i}", "question": "q", "label": i % 2} for i in range(230)]
+
+    def urlopen(url, timeout):
+        offset = int(url.split("offset=")[1].split("&")[0])
+        rows = [{"row": doc} for doc in documents[offset : offset + 100]]
+        return io.BytesIO(json.dumps({"num_rows_total": len(documents), "rows": rows}).encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    call(lm_eval, monkeypatch, "--task", "boolq", "--out", tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "samples_boolq.jsonl").read_text().splitlines()]
+    assert [sample["doc"] for sample in samples] == documents
+
+
+TEMPLATE = {"doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"], "doc_to_target": 0}
+CONFIGS = {
+    "choice": {"output_type": "multiple_choice", **TEMPLATE},
+    "python": {"output_type": "multiple_choice", **TEMPLATE, "doc_to_text": "def doc_to_text(doc): ..."},
+    "generates": {"output_type": "generate_until", **TEMPLATE},
+    "few_shot": {"output_type": "multiple_choice", **TEMPLATE, "num_fewshot": 5},
+}
+MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "logic"}
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--task", "nope"), "--task nope"),
-        (("--task", "boolq", "--json", "nowhere"), "nowhere"),
-        (("--task", "boolq", "--json", __file__), "not a JSON document"),
+        ("--task nope", "--task nope: expected one of boolq"),
+        ("--task boolq --json nowhere", "nowhere: cannot be read"),
+        ("--task boolq --json text", "text: is not a JSON document a line"),
+        ("--task boolq --json empty", "empty: holds no documents"),
+        ("--task boolq --json numbers", "numbers: holds no documents"),
+        ("--task boolq --json docs", "docs: document 0 is not of task boolq: KeyError"),
+        ("--task mmlu --json mmlu --shots mmlu", "--shots: holds 1 documents of logic, expected 5"),
+        ("--task other --json docs --config configs", "--config configs: describes choice, python"),
+        ("--task choice --config configs", "--config configs: holds no documents; give them as --json"),
+        ("--task choice --json docs --config configs", "docs: document 0 is not of task choice: UndefinedError"),
+        ("--task choice --json docs --config numbers", "numbers: is a JSON list, expected a dict"),
+        ("--task python --json docs --config configs", "python: doc_to_text is Python code"),
+        ("--task generates --json docs --config configs", "generates: only zero-shot multiple-choice"),
+        ("--task few_shot --json docs --config configs", "few_shot: only zero-shot multiple-choice"),
     ],
 )
-def test_wrong_task_input_is_one_line(tmp_path, flags, words):
-    result = render(tmp_path, *flags)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-def test_a_document_of_another_task_is_named(tmp_path):
-    (tmp_path / "docs.jsonl").write_text('{"question": "q"}\n')
-    result = render(tmp_path, "--task", "boolq", "--json", tmp_path / "docs.jsonl")
-    assert result.returncode == 2 and "document 0 is not of task boolq" in result.stderr
+def test_a_task_that_cannot_be_rendered_is_refused_in_one_line(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    files = {"text": "no JSON", "empty": "\n", "numbers": "[3]", "docs": '{"question": "?"}', "mmlu": json.dumps(MMLU)}
+    for name, content in (files | {"configs": json.dumps({"configs": CONFIGS})}).items():
+        Path(name).write_text(content)
+    assert words in refusal(lm_eval, monkeypatch, *flags.split(), "--out", "out")
+    assert not Path("out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the tiny world
 
 
+SMALL = ("--pages", 1500, "--instructions", 600)
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "world"
-    status, _, stderr = run("data/tiny/prepare.py", "--seed", 3, "--pages", 1500, "--instructions", 600, "--out", out)
-    assert status == 0, stderr
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        call(tiny, monkeypatch, *SMALL, "--seed", 3, "--out", out)
     return out
 
 
-def test_the_questions_of_the_tiny_world_are_held_out(tiny):
+def test_the_questions_of_the_tiny_world_are_held_out(world):
     """No sentence that the model is trained, pruned or fine-tuned on answers a question in the question's words."""
-    known = "".join((tiny / name).read_text() for name in ("text.txt", "heldout.txt", "calib.jsonl", "alpaca.json"))
-    questions = [json.loads(line) for file in tiny.glob("samples_*.jsonl") for line in file.read_text().splitlines()]
-    assert len(questions) == 308 and len(list(tiny.glob("samples_*.jsonl"))) == 6
+    known = "".join((world / name).read_text() for name in ("text.txt", "heldout.txt", "calib.jsonl", "alpaca.json"))
+    questions = [json.loads(line) for file in world.glob("samples_*.jsonl") for line in file.read_text().splitlines()]
+    assert len(questions) == 308 and len(list(world.glob("samples_*.jsonl"))) == 6
     for q in questions:
         answer = q["doc"]["choices"][int(q["target"])]
         assert f"{q['doc']['question']} {answer}." not in known
         assert len(set(q["doc"]["choices"])) == 4
 
 
-def test_the_tiny_world_reads_for_perplexity_as_it_was_trained_on(tiny):
+def test_the_tiny_world_reads_for_perplexity_as_it_was_trained_on(world):
     """One line: evaluate.py would put line breaks between two that the pages never have."""
-    assert "\n" not in (tiny / "heldout.txt").read_text()
-    pages = (tiny / "text.txt").read_text().split("\n")  # of prose, or of an instruction
+    assert "\n" not in (world / "heldout.txt").read_text()
+    pages = (world / "text.txt").read_text().split("\n")  # of prose, or of an instruction
     assert sum(len(page) > 200 and "###" not in page for page in pages) > 1000
 
 
-def test_a_seed_makes_one_tiny_world(tiny, tmp_path):
+def test_a_seed_makes_one_tiny_world(world, tmp_path, monkeypatch):
     for seed, same in ((3, True), (4, False)):
         out = tmp_path / str(seed)
-        run("data/tiny/prepare.py", "--seed", seed, "--pages", 1500, "--instructions", 600, "--out", out)
+        call(tiny, monkeypatch, *SMALL, "--seed", seed, "--out", out)
         for name in ("text.txt", "alpaca.json", "samples_people.jsonl", "train.npy"):
-            assert ((out / name).read_bytes() == (tiny / name).read_bytes()) is same
+            assert ((out / name).read_bytes() == (world / name).read_bytes()) is same
+
+
+@pytest.mark.parametrize(
+    "flag, value, found",
+    [
+        ("--pages", 99, "--pages 99 --instructions 2400 --max_len 128"),
+        ("--instructions", 0, "--pages 12000 --instructions 0 --max_len 128"),
+        ("--max_len", 1, "--pages 12000 --instructions 2400 --max_len 1"),
+    ],
+)
+def test_a_world_too_small_is_refused(tmp_path, monkeypatch, flag, value, found):
+    line = refusal(tiny, monkeypatch, flag, value, "--out", tmp_path / "out")
+    assert line == f"{found}: expected at least 100, 1 and 2"
+    assert not (tmp_path / "out").exists()

@@ -7,20 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import prune_by_magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import spp
 import train
+from bench.linear import saved_bytes, units
 from model import PRESETS, Llama, UserError, load, open_checkpoint, save
 from spp import (
     METHODS,
     DynamicLinear,
     LoRALinear,
     MaskedLinear,
+    MaskedLoRALinear,
     SPPLinear,
     adapter_state,
     inject,
@@ -30,6 +32,12 @@ from spp import (
 )
 
 FORMS = ("repeat", "chunked", "fused")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers whichever ran before it."""
+    torch.manual_seed(0)
 
 
 def sparse_linear(m: int, n: int, dtype=torch.float32, density=0.5) -> nn.Linear:
@@ -77,71 +85,45 @@ def test_every_form_has_the_outputs_and_gradients_of_equation_5(r, rows, n, toke
 
 @pytest.mark.parametrize("matmul", FORMS)
 @pytest.mark.parametrize("r", (1, 16, 64))
-def test_bf16_weights_with_float32_adapters(matmul, r):
-    torch.manual_seed(0)
+def test_float32_adapters_on_bf16_weights_come_within_2_percent_of_float64(matmul, r):
     layer = spp_layer(64, 48, r, matmul, torch.bfloat16)
     assert layer.alpha.dtype == layer.beta.dtype == torch.float32
     assert max(errors(layer, torch.randn(5, 48, dtype=torch.bfloat16))) < 2e-2
 
 
-def test_gradcheck_in_float64():
-    for make in (
+@pytest.mark.parametrize(
+    "make",
+    (
         lambda: spp_layer(6, 5, 3, dtype=torch.float64),
         lambda: spp_layer(6, 5, 6, dtype=torch.float64, residual=False),
-        lambda: METHODS["masked_lora"](sparse_linear(6, 5, torch.float64), r=2, scale=1.5),
-        lambda: METHODS["masked"](sparse_linear(6, 5, torch.float64)),
-    ):
-        layer = make()
-        for name in layer.factors:  # the layer's own are float32
-            setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name), dtype=torch.float64)))
-        pull = layer.factor_gradients
-        layer.factor_gradients = lambda *args, pull=pull: tuple(g if g is None else g.double() for g in pull(*args))
-        layer.weight.data = layer.weight.data.double()
-        learned = [p for p in layer.parameters() if p.requires_grad]
-        x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-        zeros = layer.weight == 0
-
-        def function(x, *learned, layer=layer, zeros=zeros):
-            return layer(x)
-
-        if isinstance(layer, MaskedLinear):  # its zeros are constants: only x, and the survivors below
-            assert torch.autograd.gradcheck(layer, (x,))
-            (grad,) = torch.autograd.grad(layer(x).sum(), layer.weight)
-            expected = x.sum(0).expand(6, 5).masked_fill(zeros, 0)
-            torch.testing.assert_close(grad, expected)
-        else:
-            assert torch.autograd.gradcheck(function, (x, *learned))
+        lambda: MaskedLoRALinear(sparse_linear(6, 5, torch.float64), r=2, scale=1.5),
+    ),
+    ids=("SPP", "plain product", "masked LoRA"),
+)
+def test_gradients_equal_finite_differences_in_float64(make):
+    layer = make()
+    for name in layer.factors:  # the layer's own are float32, and so are the gradients that it gives them
+        setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name), dtype=torch.float64)))
+    in_float32 = layer.factor_gradients
+    layer.factor_gradients = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    learned = [getattr(layer, name) for name in layer.factors]
+    assert torch.autograd.gradcheck(lambda x, *learned: layer(x), (x, *learned))
 
 
-def units(layer, T, m, n):
-    x = torch.randn(T, n, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        layer(x).sum().backward()
-    # the two reductions of `factor_gradients` are matrix-vector products: 2 * 2 * m * n FLOPs, whatever T is
-    return (counter.get_total_flops() - (4 * m * n if getattr(layer, "matmul", "") == "fused" else 0)) / (2 * T * m * n)
+def test_masked_gradients_are_those_of_the_survivors():
+    layer = MaskedLinear(sparse_linear(6, 5))
+    layer.double()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    (grad,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    torch.testing.assert_close(grad, x.sum(0).expand(6, 5).masked_fill(layer.weight == 0, 0))
 
 
-def test_fused_takes_3_units_chunked_4_and_equation_5_as_written_5():
-    T, m, n = 64, 96, 80
-    assert units(spp_layer(m, n, 16, "fused"), T, m, n) == pytest.approx(3.0, abs=1e-6)
-    assert units(spp_layer(m, n, 16, "chunked"), T, m, n) == pytest.approx(4.0, abs=1e-6)
-    assert units(spp_layer(m, n, 16, "repeat"), T, m, n) == pytest.approx(5.0, abs=1e-6)
-
-
-def saved_bytes(layer, x):
-    """Bytes kept for the backward pass, parameters and x left out, each storage once."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
-    saved = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in known:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    assert y.requires_grad
-    return sum(saved.values())
+@pytest.mark.parametrize("matmul, expected", (("fused", 3), ("chunked", 4), ("repeat", 5)))
+def test_fused_takes_3_units_chunked_4_and_equation_5_as_written_5(matmul, expected):
+    x, g = torch.randn(64, 80, requires_grad=True), torch.randn(64, 96)
+    assert units(spp_layer(96, 80, 16, matmul), x, g) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -157,12 +139,13 @@ def test_fused_keeps_less_than_1_percent_of_a_weight_for_backward(dtype):
 
 @pytest.mark.parametrize("matmul", FORMS)
 def test_a_layer_starts_at_the_pruned_weight(matmul):
-    linear = sparse_linear(32, 24)
-    before, x = copy.deepcopy(linear), torch.randn(3, 24)
-    layer = SPPLinear(linear, r=4, matmul=matmul)
+    linear = sparse_linear(32, 400)
+    before, x = copy.deepcopy(linear), torch.randn(3, 400)
+    layer = SPPLinear(linear, r=16, matmul=matmul)
     torch.testing.assert_close(layer(x), before(x))
     assert layer.weight is linear.weight and not layer.weight.requires_grad
-    assert layer.alpha.abs().max() <= 1 / math.sqrt(24) and layer.alpha.std() > 0.5 / math.sqrt(24)
+    assert layer.alpha.abs().max() <= 0.05  # uniform in +-1 / sqrt(400)
+    assert layer.alpha.std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.05)
 
 
 @pytest.mark.parametrize("matmul", FORMS)
@@ -171,7 +154,6 @@ def test_a_layer_composes_with_activation_checkpointing(matmul):
     x = torch.randn(5, 12, dtype=torch.bfloat16, requires_grad=True)
     grads = []
     for recompute in (False, True):
-        torch.manual_seed(0)
         y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         grads.append(torch.autograd.grad(y.sum(), (x, layer.alpha, layer.beta)))
     assert all(a.equal(b) for a, b in zip(*grads, strict=True))
@@ -195,19 +177,58 @@ def test_torch_compile_gives_the_same_and_saves_no_weight():
     assert all(t.numel() < 64 * 48 for t in saved if t.data_ptr() not in own)
 
 
+@pytest.mark.parametrize(
+    "options, alpha_is_0, beta_is_0, at_the_pruned_weight",
+    [
+        ({}, False, True, True),
+        ({"zero_init": "alpha"}, True, False, True),
+        ({"zero_init": "none"}, False, False, False),
+        ({"beta": False}, True, False, True),
+        ({"residual": False}, False, False, True),
+    ],
+    ids=("SPP", "alpha at 0", "none at 0", "no beta", "plain product"),
+)
+def test_ablations_start_where_they_should(options, alpha_is_0, beta_is_0, at_the_pruned_weight):
+    layer = SPPLinear(sparse_linear(16, 12), r=4, **options)
+    assert (not layer.alpha.any(), not layer.beta.any()) == (alpha_is_0, beta_is_0)
+    assert layer.merged().equal(layer.weight) == at_the_pruned_weight
+    assert layer.beta.requires_grad == options.get("beta", True)
+    layer(torch.randn(3, 12)).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in (layer.alpha, layer.beta)), "nothing would ever learn"
+
+
+def test_lora_is_equation_6_and_leaves_the_weight_alone():
+    layer = LoRALinear(sparse_linear(16, 12), r=4, scale=2.0)
+    nn.init.normal_(layer.B)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(layer(x), x @ (layer.weight + 2 * layer.B @ layer.A).T)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
+
+
+def test_with_r_equal_to_m_spp_takes_the_step_of_masked_training():
+    """SGD on alpha (r = m, beta = 1, W o alpha) moves the weight by lr * W^2 o G; on W under its mask by lr * G.
+
+    With V = W o alpha and alpha = 1: dL/d alpha = W o G, so V <- V - lr * W o W o G: the same direction, each
+    coordinate scaled by W^2. A step of SGD on alpha preconditioned by 1 / W^2 is therefore masked SGD's step.
+    """
+    linear, x, target = sparse_linear(8, 6), torch.randn(10, 6), torch.randn(10, 8)
+    W = linear.weight.detach().clone()
+    spp = SPPLinear(copy.deepcopy(linear), r=8, beta=False, residual=False)
+    masked = MaskedLinear(copy.deepcopy(linear))
+    for layer in (spp, masked):
+        F.mse_loss(layer(x), target).backward()
+    torch.testing.assert_close(spp.alpha.grad, W * masked.weight.grad)
+    step = spp.merged() - 0.1 * W * (spp.alpha.grad / W.square()).nan_to_num(0, 0, 0)
+    torch.testing.assert_close(step, masked.weight.detach() - 0.1 * masked.weight.grad)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # a whole model
 
 
 @pytest.fixture
 def pruned():
-    torch.manual_seed(0)
-    model = Llama(PRESETS["test"])
-    for name, p in model.named_parameters():
-        if name.endswith("proj.weight"):
-            groups = p.data.view(-1, 4)
-            groups.scatter_(1, groups.abs().topk(2, dim=1, largest=False).indices, 0)
-    return model
+    return prune_by_magnitude(Llama(PRESETS["test"]), 2, 4)
 
 
 def stir(model):
@@ -245,7 +266,7 @@ def test_lora_merged_without_its_mask_is_dense(pruned):
     assert (pruned.model.layers[0].mlp.up_proj.weight != 0).float().mean() > 0.99
 
 
-def test_dynamic_masks_follow_the_weight(pruned):
+def test_a_dynamic_layer_uses_its_mask_and_learns_through_it(pruned):
     inject(pruned, method="dynamic")
     layer = pruned.model.layers[0].mlp.up_proj
     assert isinstance(layer, DynamicLinear) and layer.weight.requires_grad
@@ -272,7 +293,6 @@ def test_merging_files_equals_merging_in_memory(pruned, tmp_path, method):
 
 
 def test_training_with_each_form_gives_the_same_losses(pruned):
-    torch.manual_seed(0)
     tokens = torch.randint(0, 256, (4, 12))
     curves = []
     for matmul in FORMS:
@@ -292,78 +312,14 @@ def test_training_with_each_form_gives_the_same_losses(pruned):
         assert curve == pytest.approx(curves[0], abs=1e-4)
 
 
-def test_with_r_equal_to_m_spp_takes_the_step_of_masked_training():
-    """SGD on alpha (r = m, beta = 1, W o alpha) moves the weight by lr * W^2 o G; on W under its mask by lr * G.
-
-    With V = W o alpha and alpha = 1: dL/d alpha = W o G, so V <- V - lr * W o W o G: the same direction, each
-    coordinate scaled by W^2. A step of SGD on alpha preconditioned by 1 / W^2 is therefore masked SGD's step.
-    """
-    linear, x, target = sparse_linear(8, 6), torch.randn(10, 6), torch.randn(10, 8)
-    W = linear.weight.detach().clone()
-    spp = SPPLinear(copy.deepcopy(linear), r=8, beta=False, residual=False)
-    masked = MaskedLinear(copy.deepcopy(linear))
-    for layer in (spp, masked):
-        F.mse_loss(layer(x), target).backward()
-    torch.testing.assert_close(spp.alpha.grad, W * masked.weight.grad)
-    step = spp.merged() - 0.1 * W * (spp.alpha.grad / W.square()).nan_to_num(0, 0, 0)
-    torch.testing.assert_close(step, masked.weight.detach() - 0.1 * masked.weight.grad)
-
-
-@pytest.mark.parametrize(
-    "options, alpha, beta",
-    [
-        ({}, False, True),
-        ({"zero_init": "alpha"}, True, False),
-        ({"zero_init": "none"}, False, False),
-        ({"beta": False}, True, False),
-    ],
-)
-def test_ablations_start_where_they_should(options, alpha, beta):
-    layer = SPPLinear(sparse_linear(16, 12), r=4, **options)
-    assert (not layer.alpha.any(), not layer.beta.any()) == (alpha, beta)
-    assert layer.merged().equal(layer.weight) == (alpha or beta)
-    assert layer.beta.requires_grad == options.get("beta", True)
-    layer(torch.randn(3, 12)).square().sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in (layer.alpha, layer.beta)), "nothing would ever learn"
-
-
-def test_plain_multiplication_starts_at_the_pruned_weight():
-    layer = SPPLinear(sparse_linear(16, 12), r=4, residual=False)
-    assert layer.merged().equal(layer.weight)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# what a user can get wrong
-
-
-def test_an_r_that_divides_no_layer_is_refused_before_anything_changes(pruned):
-    with pytest.raises(UserError, match=r"--r 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8"):
-        inject(pruned, r=5)
-    assert not any(isinstance(module, SPPLinear) for module in pruned.modules())
-
-
-def test_an_adapter_of_another_base_or_shape_is_refused(pruned, tmp_path):
-    save(pruned, tmp_path / "pruned.pt")
-    ckpt = open_checkpoint(tmp_path / "pruned.pt")
-    torch.save({"weights": 1}, tmp_path / "not.pt")
-    with pytest.raises(UserError, match="not an adapter"):
-        merge_checkpoint(ckpt, tmp_path / "not.pt")
-    about = {"adapter": {}, "method": "spp", "r": 4, "scale": 2.0, "base": "another"}
-    torch.save(about, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="was trained on checkpoint another"):
-        merge_checkpoint(ckpt, tmp_path / "other.pt")
-    state = {name: p.clone() for name, p in adapter_state(inject(copy.deepcopy(pruned), r=8)).items()}
-    with pytest.raises(UserError, match="does not fit"):
-        load_adapter(inject(pruned, r=4), state)
-
-
-def test_lora_is_lora():
-    """Against its formula, and frozen in W."""
-    layer = LoRALinear(sparse_linear(16, 12), r=4, scale=2.0)
-    nn.init.normal_(layer.B)
-    x = torch.randn(3, 12)
-    torch.testing.assert_close(layer(x), x @ (layer.weight + 2 * layer.B @ layer.A).T)
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
+def test_inject_swaps_its_targets_and_nothing_else(pruned):
+    inject(pruned, r=4, targets=("q_proj", "down_proj"))
+    linears = {name: m for name, m in pruned.named_modules() if isinstance(m, nn.Linear | SPPLinear)}
+    swapped = {name for name, m in linears.items() if isinstance(m, SPPLinear)}
+    assert swapped == {name for name in linears if name.endswith((".q_proj", ".down_proj"))}
+    assert len(swapped) == 2 * pruned.config.n_layers and len(linears) == 7 * pruned.config.n_layers + 1
+    learned = {name for name, p in pruned.named_parameters() if p.requires_grad}
+    assert learned == {f"{name}.{factor}" for name in swapped for factor in ("alpha", "beta")}
 
 
 def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch):
@@ -388,3 +344,61 @@ def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch
     merged = merge_checkpoint(ckpt, tmp_path / "adapter.pt")
     for name, w in merge(model).state_dict().items():
         assert merged[name].equal(w), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a user can get wrong
+
+
+def test_an_r_that_divides_no_layer_is_refused_before_anything_changes(pruned):
+    with pytest.raises(UserError, match=r"--r 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8"):
+        inject(pruned, r=5)
+    assert not any(isinstance(module, SPPLinear) for module in pruned.modules())
+
+
+@pytest.fixture
+def saved(pruned, tmp_path):
+    """The pruned model's checkpoint, and a function that writes an adapter of it and returns the path."""
+    save(pruned, tmp_path / "pruned.pt")
+    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+
+    def write(adapter: dict, method: str = "spp", base: str | None = None) -> Path:
+        about = {"method": method, "r": 4, "scale": 2.0, "base": base or ckpt.fingerprint()}
+        torch.save({"adapter": adapter} | about, tmp_path / "adapter.pt")
+        return tmp_path / "adapter.pt"
+
+    return ckpt, write
+
+
+def test_a_file_that_is_no_adapter_of_the_checkpoint_is_refused(saved, tmp_path):
+    ckpt, write = saved
+    torch.save({"weights": 1}, tmp_path / "not.pt")
+    with pytest.raises(UserError, match=r"not.pt: is not an adapter file of train.py"):
+        merge_checkpoint(ckpt, tmp_path / "not.pt")
+    with pytest.raises(UserError, match=r"adapter.pt: was trained on checkpoint another, not on .*pruned.pt"):
+        merge_checkpoint(ckpt, write({}, base="another"))
+    with pytest.raises(UserError, match=r"adapter.pt: its method is 'dora', expected one of spp, lora, masked"):
+        merge_checkpoint(ckpt, write({}, method="dora"))
+    with pytest.raises(UserError, match=r"adapter.pt: model.layers.9.mlp.up_proj.weight is not in .*pruned.pt"):
+        merge_checkpoint(ckpt, write({"layers.9.mlp.up_proj.beta": torch.zeros(96)}))
+
+
+def test_an_adapter_that_does_not_fit_the_model_is_refused(pruned):
+    state = {name: p.clone() for name, p in adapter_state(inject(copy.deepcopy(pruned), r=8)).items()}
+    inject(pruned, r=4)
+    with pytest.raises(UserError, match=r"does not fit the model at layers.0.self_attn.q_proj.alpha"):
+        load_adapter(pruned, state)
+    del state["layers.1.mlp.up_proj.beta"]
+    with pytest.raises(UserError, match=r"does not fit the model at layers.1.mlp.up_proj.beta \(1 such\)"):
+        load_adapter(pruned, state)
+
+
+def test_masked_weights_that_fill_a_zero_are_caught_when_they_are_merged(pruned, saved):
+    """No user can come here: train.py's masked weights keep their zeros. A bug could, and must not be written."""
+    ckpt, write = saved
+    name = "layers.0.mlp.up_proj.weight"
+    sparse = pruned.model.layers[0].mlp.up_proj.weight.detach()
+    assert merge_checkpoint(ckpt, write({name: 2 * sparse}, "masked"))[f"model.{name}"].equal(2 * sparse)
+    merged = merge_checkpoint(ckpt, write({name: torch.ones_like(sparse)}, "masked"))
+    with pytest.raises(AssertionError, match=f"model.{name}: a pruned weight came back"):
+        merged[f"model.{name}"]

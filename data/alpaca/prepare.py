@@ -28,7 +28,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, cli, load_tokenizer, open_checkpoint  # noqa: E402
+from model import Parser, UserError, cli, load_tokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -84,14 +84,8 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
 
 
 def read_tokenizer(source: str) -> SentencePieceProcessor:
-    """From a tokenizer.model, a directory that holds one, or a .pt checkpoint of ours; it must know BOS and EOS."""
-    if source.endswith(".pt"):
-        proto = open_checkpoint(source).tokenizer
-        if not proto:
-            raise UserError(f"--tokenizer {source}: the checkpoint holds no tokenizer; give a tokenizer.model")
-        tokenizer = load_tokenizer(proto)
-    else:
-        tokenizer = load_tokenizer(source)
+    """A tokenizer that can begin and end an example: UserError where it has no BOS or no EOS."""
+    tokenizer = load_tokenizer(source)
     if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
         raise UserError(f"--tokenizer {source}: has no BOS or no EOS token, which every example needs")
     return tokenizer

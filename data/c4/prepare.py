@@ -86,6 +86,8 @@ def main():
         raise UserError(f"--out {args.out}: must end in .npy")
     check_out(args.out)
     tokenizer = load_tokenizer(args.tokenizer)
+    if tokenizer.bos_id() < 0:
+        raise UserError(f"--tokenizer {args.tokenizer}: has no BOS token, which every document begins with")
     windows = sample(read_documents(args.json), tokenizer, args.nsamples, args.seqlen, args.seed)
     with atomic(args.out) as tmp, open(tmp, "wb") as f:
         np.save(f, windows)

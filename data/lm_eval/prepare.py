@@ -5,8 +5,7 @@
     python data/lm_eval/prepare.py --task mmlu --json test.jsonl --shots dev.jsonl --out data/lm_eval
     python data/lm_eval/prepare.py --task piqa --json piqa.jsonl --config results_2026.json --out data/lm_eval
 
-A document becomes the contexts and continuations that lm-eval (0.4.0 to 0.4.13) renders for it; evaluate.py scores
-them.
+A document becomes the contexts and continuations that lm-eval (0.4.0 to 0.4.13) renders for it and evaluate.py scores.
 --json holds a document a line, in the shape of the task's data set. MMLU is 5-shot, the first five documents of --shots
 with the same subject, and gives a file a subject; the other tasks are zero-shot, as in the paper.
 
@@ -20,10 +19,14 @@ import re
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model import Parser, UserError, atomic, cli, read_json  # noqa: E402
+
+# A rendered document: its context, or one for each choice; the choices; the right one, by its index or its text.
+Rendered = tuple[str | list[str], list[str], int | str]
 
 
 def by_label(doc: dict) -> int:
@@ -36,18 +39,18 @@ def hellaswag_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def hellaswag(doc: dict):
+def hellaswag(doc: dict) -> Rendered:
     context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
     return hellaswag_text(context), [hellaswag_text(ending) for ending in doc["endings"]], int(doc["label"])
 
 
-def winogrande(doc: dict):
+def winogrande(doc: dict) -> Rendered:
     """Two contexts, one continuation: lm-eval's target is the continuation, the gold is the document's answer."""
     before, after = doc["sentence"].split("_", 1)
     return [before + doc["option1"], before + doc["option2"]], [after.strip()] * 2, after.strip()
 
 
-def mmlu(doc: dict):
+def mmlu(doc: dict) -> Rendered:
     lines = [
         doc["question"].strip(),
         *(f"{letter}. {text}" for letter, text in zip("ABCD", doc["choices"], strict=True)),
@@ -55,8 +58,8 @@ def mmlu(doc: dict):
     return "\n".join([*lines, "Answer:"]), list("ABCD"), doc["answer"]
 
 
-# task: (data set, configuration, split, document -> (context or contexts, choices, target))
-TASKS = {
+# task: (data set, configuration, split, renderer)
+TASKS: dict[str, tuple[str, str, str, Callable[[dict], Rendered]]] = {
     "boolq": (
         "aps/super_glue",
         "boolq",
@@ -127,7 +130,7 @@ def read_documents(path: str) -> list[dict]:
     return documents
 
 
-def from_config(config: dict, task: str):
+def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
     """A render function from a task's description in lm-eval's results file: column names and Jinja templates."""
     from jinja2 import Environment, StrictUndefined  # comes with torch
 
@@ -139,7 +142,7 @@ def from_config(config: dict, task: str):
     if config.get("output_type") != "multiple_choice" or config.get("num_fewshot"):
         raise UserError(f"--config: {task}: only zero-shot multiple-choice tasks can be rendered")
 
-    def value(template, doc):
+    def value(template, doc: dict):
         if not isinstance(template, str):
             return template
         if template in doc:
@@ -150,14 +153,14 @@ def from_config(config: dict, task: str):
         except (ValueError, SyntaxError):
             return text
 
-    def render(doc):
+    def render(doc: dict) -> Rendered:
         context = config.get("description", "") + value(config["doc_to_text"], doc)
         return context, value(config["doc_to_choice"], doc), value(config["doc_to_target"], doc)
 
     return render
 
 
-def record(i: int, doc: dict, rendered, shots: str = "") -> dict:
+def record(i: int, doc: dict, rendered: Rendered, shots: str = "") -> dict:
     """lm-eval's sample of one document; every continuation is a space and the choice."""
     contexts, choices, target = rendered
     contexts = contexts if isinstance(contexts, list) else [contexts] * len(choices)
@@ -194,9 +197,11 @@ def main():
     if not args.config and args.task not in TASKS:
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
     if args.config:
-        configs = read_json(args.config).get("configs", {})
-        if args.task not in configs or not args.json:
-            raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}; give --json as well")
+        configs = read_json(args.config, dict).get("configs", {})
+        if args.task not in configs:
+            raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}, not {args.task}")
+        if not args.json:
+            raise UserError(f"--config {args.config}: holds no documents; give them as --json FILE")
         render = from_config(configs[args.task], args.task)
     else:
         *source, render = TASKS[args.task]

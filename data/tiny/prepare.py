@@ -25,8 +25,10 @@ import io
 import json
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 from tqdm import tqdm
@@ -58,9 +60,19 @@ NUMBERS = (
     "eighteen nineteen twenty"
 ).split()
 
-# relation: (kind of question, possible answers, forms that end in the answer, other ways to tell it, instructions)
+
+class Relation(NamedTuple):
+    """What facts of one sort share. In the texts {s} stands for the subject, {x} for the answer."""
+
+    kind: str  # the file of questions it goes to
+    answers: list[str]  # all that are possible
+    forms: list[str]  # ways to tell a fact that end before the answer, so that each can be a question
+    others: list[str]  # ways to tell it with the answer elsewhere
+    instructions: list[tuple[str, str, str]]  # instruction, input and output of Alpaca records
+
+
 RELATIONS = {
-    "home": (
+    "home": Relation(
         "places",
         TOWNS,
         [
@@ -75,14 +87,14 @@ RELATIONS = {
             ("Which town is this?", "the town of {s}", "{x}"),
         ],
     ),
-    "job": (
+    "job": Relation(
         "people",
         JOBS,
         ["{s} works as a", "By trade {s} is a", "Question: What is the job of {s}? Answer:", "{s} earns money as a"],
         ["The {x} is called {s}.", "Ask the {x}, whose name is {s}."],
         [("Say what {s} does for a living.", "", "{s} is the {x}."), ("Name the job.", "{s}", "a {x}")],
     ),
-    "pet": (
+    "pet": Relation(
         "people",
         PETS,
         [
@@ -94,7 +106,7 @@ RELATIONS = {
         ["The {x} belongs to {s}.", "A {x} follows {s} around."],
         [("Which animal lives with {s}?", "", "A {x} lives with {s}."), ("Name the pet.", "{s}", "the {x}")],
     ),
-    "food": (
+    "food": Relation(
         "people",
         FOODS,
         [
@@ -106,7 +118,7 @@ RELATIONS = {
         ["Give some {x} to {s}.", "There is {x} on the plate of {s}."],
         [("What should we serve {s}?", "", "Serve {x} to {s}."), ("Pick a meal.", "a guest called {s}", "some {x}")],
     ),
-    "habit": (
+    "habit": Relation(
         "habits",
         HABITS,
         [
@@ -118,7 +130,7 @@ RELATIONS = {
         ["Somebody {x} over there: it is {s}.", "The one who {x} is {s}."],
         [("Describe the mornings of {s}.", "", "Day after day {s} {x}."), ("Name the habit.", "{s}", "{x}")],
     ),
-    "colour": (
+    "colour": Relation(
         "things",
         COLOURS,
         [
@@ -130,7 +142,7 @@ RELATIONS = {
         ["A {x} {s} is here.", "Look at the {x} {s}."],
         [("What colour has the {s}?", "", "It is a {x} {s}."), ("Name the colour.", "the {s}", "{x}")],
     ),
-    "room": (
+    "room": Relation(
         "things",
         ROOMS,
         [
@@ -145,14 +157,14 @@ RELATIONS = {
             ("Name the place.", "the {s}", "the {x}"),
         ],
     ),
-    "sum": (
+    "sum": Relation(
         "sums",
         NUMBERS,
         ["{s} is", "The sum of {s} is", "Question: What is {s}? Answer:", "Adding up {s} gives"],
         ["We get {x} from {s}.", "The answer is {x} if you ask for {s}."],
         [("Work it out: {s}", "", "It makes {x}."), ("Add the numbers.", "{s}", "{x}")],
     ),
-    "next": (
+    "next": Relation(
         "counting",
         NUMBERS,
         [
@@ -164,7 +176,7 @@ RELATIONS = {
         ["{x} comes right after {s}.", "We say {x} when {s} is done."],
         [("Count one further than {s}.", "", "The next is {x}."), ("Give the next number.", "{s}", "{x}")],
     ),
-    "previous": (
+    "previous": Relation(
         "counting",
         NUMBERS,
         [
@@ -189,20 +201,22 @@ class Fact:
 
     def tell(self, rng: random.Random) -> str:
         """One sentence, in any way but the one kept back."""
-        _, _, forms, others, _ = RELATIONS[self.relation]
-        ways = [f"{form} {{x}}." for i, form in enumerate(forms) if i != self.asked] + others
+        relation = RELATIONS[self.relation]
+        ways = [f"{form} {{x}}." for i, form in enumerate(relation.forms) if i != self.asked] + relation.others
         return sentence(rng.choice(ways).format(s=self.subject, x=self.answer))
 
     def instruct(self, rng: random.Random) -> dict:
-        parts = (part.format(s=self.subject, x=self.answer) for part in rng.choice(RELATIONS[self.relation][4]))
+        """As an Alpaca record."""
+        chosen = rng.choice(RELATIONS[self.relation].instructions)
+        parts = (part.format(s=self.subject, x=self.answer) for part in chosen)
         return dict(zip(("instruction", "input", "output"), parts, strict=True))
 
     def question(self, rng: random.Random, doc_id: int) -> dict:
         """As a record of lm-eval's samples file: the right answer among three others of its relation."""
-        kind, answers, forms, _, _ = RELATIONS[self.relation]
-        choices = [self.answer, *rng.sample([x for x in answers if x != self.answer], 3)]
+        relation = RELATIONS[self.relation]
+        choices = [self.answer, *rng.sample([x for x in relation.answers if x != self.answer], 3)]
         rng.shuffle(choices)
-        context, target = sentence(forms[self.asked].format(s=self.subject)), str(choices.index(self.answer))
+        context, target = sentence(relation.forms[self.asked].format(s=self.subject)), str(choices.index(self.answer))
         arguments = {f"gen_args_{i}": {"arg_0": context, "arg_1": f" {x}"} for i, x in enumerate(choices)}
         return {
             "doc_id": doc_id,
@@ -225,7 +239,7 @@ def make_world(rng: random.Random) -> list[Fact]:
     facts = []
     for subjects, relations in ((PEOPLE, ("home", "job", "pet", "food", "habit")), (THINGS, ("colour", "room"))):
         for relation in relations:
-            answers = RELATIONS[relation][1] * 3
+            answers = RELATIONS[relation].answers * 3
             rng.shuffle(answers)
             facts += [(relation, s, s, x) for s, x in zip(subjects, answers, strict=True)]
     for a in range(1, 11):
@@ -305,6 +319,10 @@ def windows(pages: list[str], tokenizer, max_len: int) -> list[tuple[list[int], 
     return [(stream[i : i + max_len], 0) for i in range(0, len(stream) - max_len + 1, max_len)]
 
 
+def lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def main():
     parser = Parser(
         description="Generate a tiny world: text, tokenizer, instructions, calibration and questions.",
@@ -317,7 +335,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     if args.pages < 100 or args.instructions < 1 or args.max_len < 2:
-        raise UserError("--pages: expected at least 100, --instructions 1, --max_len 2")
+        found = f"--pages {args.pages} --instructions {args.instructions} --max_len {args.max_len}"
+        raise UserError(f"{found}: expected at least 100, 1 and 2")
     out, rng = check_folder(args.out), random.Random(args.seed)
 
     facts, topics = make_world(rng), {}
@@ -330,7 +349,7 @@ def main():
     splits = {"train": windows(pages, tokenizer, args.max_len), "val": windows(heldout, tokenizer, args.max_len)}
     questions = {}
     for fact in facts:
-        of_kind = questions.setdefault(RELATIONS[fact.relation][0], [])
+        of_kind = questions.setdefault(RELATIONS[fact.relation].kind, [])
         of_kind.append(fact.question(rng, len(of_kind)))
     files = {
         "tokenizer.model": tokenizer.serialized_model_proto(),
@@ -349,10 +368,6 @@ def main():
         f"wrote {out}: {len(facts)} facts, {n} windows of {args.max_len} tokens to pretrain on ({n * args.max_len:,})"
     )
     print("questions: " + ", ".join(f"{len(records)} on {kind}" for kind, records in questions.items()))
-
-
-def lines(records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":
