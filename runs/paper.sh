@@ -37,7 +37,7 @@ prepare() {
     for task in $SEVEN; do
         [ -e $TASKS/samples_$task.jsonl ] || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
     done
-    [ ! "$MMLU" ] || [ "$dry" ] || [ -e $TASKS/samples_mmlu_anatomy.jsonl ] ||
+    [ ! "$MMLU" ] || [ -e $TASKS/samples_mmlu_anatomy.jsonl ] ||
         run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
 }
 

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, prune_by_magnitude
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import LlamaConfig as HFConfig
 
@@ -245,10 +245,7 @@ def test_patterns_are_recognised(n, m):
 
 def test_a_directory_that_others_pruned_is_recognised(tmp_path):
     theirs = hf_model(num_key_value_heads=2)
-    with torch.no_grad():
-        for name, w in theirs.named_parameters():
-            if name.endswith("_proj.weight"):  # 2:4 by magnitude, stored dense, as Wanda's and SparseGPT's codes do
-                w.view(-1, 4).scatter_(1, w.view(-1, 4).abs().argsort(1)[:, :2], 0)
+    prune_by_magnitude(theirs, 2, 4)  # and stored dense, as Wanda's and SparseGPT's codes do
     theirs.save_pretrained(tmp_path / "hf")
     about = describe(open_checkpoint(tmp_path / "hf"))
     assert len(about["linears"]) == 7
