@@ -338,10 +338,11 @@ def cli(main: Callable[[], None]) -> None:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line too, and whose help shows the defaults that there are."""
 
-    def add_argument(self, *flags: str, help: str = "", default: Any = None, **more: Any) -> argparse.Action:
-        if "default" not in help and default not in (None, argparse.SUPPRESS) and default is not False:
+    def add_argument(self, *flags: str, help: str = "", **more: Any) -> argparse.Action:
+        default = more.get("default")
+        if default not in (None, argparse.SUPPRESS) and "default" not in help:
             help += " (default: %(default)s)"
-        return super().add_argument(*flags, help=help, default=default, **more)
+        return super().add_argument(*flags, help=help, **more)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
