@@ -173,7 +173,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
                 if line.strip():
                     places.append((where, json.loads(line)))
     except (ValueError, RecursionError):
-        raise UserError(f"{where} is not JSON; was the file cut off?") from None
+        raise UserError(f"{where} is not JSON; expected a whole samples file, a JSON object on each line") from None
     for where, record in places:
         if not isinstance(record, dict) or not isinstance(record.get("doc"), dict) or "arguments" not in record:
             raise UserError(f"{where} is not a sample of lm-eval's (no `doc` or `arguments`)")

@@ -480,6 +480,14 @@ def test_old_array_files_are_read(tmp_path):
     assert name == "old" and documents[0].gold == {1} and documents[0].choices == ["a", "b"]
 
 
+def test_logged_samples_hold_what_the_document_held(tmp_path):
+    d = document(["a", "b"], "0", doc={"note": "half of a pair: \ud83d, and ä"})
+    evaluate.log_samples(tmp_path / "samples_x.jsonl", [d], [[(-1.0, True), (-2.0, False)]])
+    _, [again] = read_task(tmp_path / "samples_x.jsonl")
+    assert again.record["doc"] == d.record["doc"] and again.pairs == d.pairs and again.record["acc"] == 1.0
+    assert again.record["filtered_resps"] == [["-1.0", "True"], ["-2.0", "False"]]
+
+
 def test_a_document_logged_for_two_filters_counts_once(tmp_path):
     records = [record(0, "q", ["a", "b"], filter=name) for name in ("none", "strict")]
     _, documents = read_task(write(tmp_path / "samples_x.jsonl", records))
