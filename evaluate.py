@@ -1,51 +1,62 @@
-"""What it cost: lm-eval's accuracies from lm-eval's own files, and perplexity (section 4 of the paper, Tables 2 to 7).
+"""What it cost: accuracies as lm-eval measures them, and perplexity (section 4 of the paper).
+
+The paper reports zero-shot accuracy on seven tasks (Tables 2, 3, 4, 5, 7 and 8), perplexity on WikiText (Table 3) and
+5-shot accuracy on MMLU (Table 6).
 
     python evaluate.py --ckpt merged.pt --tasks samples_arc_easy_*.jsonl --ppl wikitext2_test.txt --out results.json
     torchrun --nproc_per_node=8 evaluate.py --ckpt merged.pt --tasks samples_*.jsonl --out results.json
 
 --tasks takes what `lm_eval --model dummy --tasks T --num_fewshot K --log_samples` writes for any multiple-choice task,
-or what data/lm_eval/prepare.py writes without lm-eval: a line per document, with the context and the continuation of
-each choice. lm-eval's score of a choice is log p(continuation | context), summed over its tokens:
+or what data/lm_eval/prepare.py writes without lm-eval: one document on each line, with the context and the continuation
+of each choice. lm-eval's score of a choice is log p(continuation | context), summed over the continuation's tokens:
 
-    tokens     c = encode(context), t = encode(context + continuation)[len(c):]       (a context's trailing spaces
-    input      (c + t)[-(max_len + 1):][:-1], cut from the left                         move to the continuation)
-    score      sum over t of log_softmax(logits)[t_k], where the logits that predict the token at position p
-               are those of input position p - 1
+    tokens     trailing spaces of the context move to the continuation;
+               c = encode(context), t = encode(context + continuation)[len(c):]
+    input      (c + t)[-(max_len + 1):][:-1]        what does not fit is cut from the left
+    score      the sum over t of log_softmax(logits)[t_k]; the token at position p is predicted by the logits of
+               position p - 1
+    acc        1 if the choice with the highest score is right (the first of equals), otherwise 0
+    acc_norm   the same with score / characters of the choice
 
-    acc        the first choice of the highest score is right        acc_norm   ... of the highest score per character
+lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
+common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
+The tokens of a branch have the positions that they would have right behind the trunk, and see only the trunk and
+themselves (`branch_mask`):
 
-lm-eval runs every choice with a copy of its context. Here a document is one row, a trunk (the longest common prefix of
-its choices' inputs, so WinoGrande's two contexts share what they can) and a branch for each choice; a branch's tokens
-have the positions that they would have behind the trunk, and see the trunk and themselves:
-
-    row         t0 t1 t2 | a3 a4 | b3 b4 b5           what a query (down) sees of the keys (across):
-    position     0  1  2 |  3  4 |  3  4  5                      t t t a a b b b
-    branch       0  0  0 |  1  1 |  2  2  2                   a4 x x x x x . . .
-                                                              b4 x x x . . x x .
+    row         t0 t1 t2 | a3 a4 | b3 b4 b5
+    position     0  1  2 |  3  4 |  3  4  5
+    branch       0  0  0 |  1  1 |  2  2  2
 
 What all documents of a file begin with (few-shot examples) is run once, and its keys and values serve every row. Rows
-are sorted by length and batched by tokens; the output layer runs on scored positions alone, in float32 from there on.
+are sorted by length and put into batches by their number of tokens. The output layer runs only on the positions that
+predict a target, and everything after it is float32.
 
-Whether a beginning-of-sequence token is put in front (--add_bos) changes the numbers: lm-eval did not for LLaMA until
-0.4.9.1, and the paper did not; since 0.4.9.2 lm-eval does. The results say which was used.
+Whether a beginning-of-sequence token (BOS) is put in front changes the numbers. lm-eval put none before LLaMA's
+contexts until 0.4.9.1, and neither did the paper; since 0.4.9.2 lm-eval does, and so does --add_bos. The results say
+which was used.
 
-Perplexity is Wanda's: the text's lines, blank ones emptied, joined by a blank line, tokenised once with one BOS, cut
-into windows of seqlen tokens (the tail is dropped), each on its own, exp(mean over windows of the mean cross-entropy of
-its seqlen - 1 targets). Compare figures of one seqlen only. lm-eval's `wikitext` task (rolling log-likelihood, word
-perplexity) is another number; its samples file is read too.
+Perplexity is Wanda's. The lines of the text, blank ones emptied, are joined by blank lines, tokenised once with one BOS
+in front, and cut into windows of seqlen tokens; the tail that does not fill a window is dropped. Each window is run on
+its own, and the perplexity is exp(mean over windows of the mean cross-entropy of its seqlen - 1 targets). Only figures
+of the same seqlen can be compared. lm-eval's `wikitext` task (rolling log-likelihood, word perplexity) is a different
+number; --tasks reads its samples file too.
 
-Known differences: sentencepiece tokenises; a Hugging Face tokenizer.json drops the first space of a text that begins
-with one, so that lm-eval's rolling scores of such pages differ by about 0.03%. lm-eval rounds scores to the model's
-dtype before it compares them; here they are float32.
+Known differences from lm-eval. Here sentencepiece tokenises; a Hugging Face tokenizer.json drops the first space of a
+text that begins with one, which moves lm-eval's rolling scores of such pages by about 0.03%. lm-eval rounds scores to
+the model's dtype before it compares them; here they stay float32.
 """
 
+import argparse
 import ast
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,7 +65,19 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import Llama, Parser, UserError, atomic, check_out, cli, load, rope_tables
+from model import (
+    Llama,
+    Parser,
+    UserError,
+    atomic,
+    check_out,
+    cli,
+    load,
+    load_tokenizer,
+    open_checkpoint,
+    read_json,
+    rope_tables,
+)
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
 
@@ -64,132 +87,202 @@ SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
 
 @dataclasses.dataclass
 class Document:
-    """record: lm-eval's; pairs: (context, continuation) of each choice, or one (text, None) of a rolling task; gold:
-    the right choices' indices (none of them in range: always wrong)."""
+    """One question of a multiple-choice task, or one page of a rolling task."""
 
-    record: dict
-    pairs: list[tuple[str, str | None]]
-    gold: set[int]
+    record: dict  # as lm-eval wrote it
+    pairs: list[tuple[str, str | None]]  # (context, continuation) of each choice; of a rolling task one (text, None)
+    gold: set[int]  # indices of the right choices; an index that is no choice's is never right
+
+    @property
+    def rolling(self) -> bool:
+        return self.pairs[0][1] is None
+
+    @property
+    def mutual_info(self) -> bool:
+        """Whether every choice comes once more, behind an empty context, for lm-eval's acc_mutual_info."""
+        return "acc_mutual_info" in self.record
 
     @property
     def n_choices(self) -> int:
-        # acc_mutual_info adds each continuation once more, behind an empty context
-        half = len(self.pairs) // 2
-        return half if half and all(context == "" for context, _ in self.pairs[half:]) else len(self.pairs)
+        return len(self.pairs) // 2 if self.mutual_info else len(self.pairs)
 
     @property
     def choices(self) -> list[str]:
         """The choices without the delimiter, a space, that lm-eval puts before them."""
-        return [text.removeprefix(" ") for _, text in self.pairs[: self.n_choices]]
+        return [continuation.removeprefix(" ") for _, continuation in self.pairs[: self.n_choices]]
+
+    @property
+    def page(self) -> str:
+        """The original text of a rolling task, whose words and bytes count; what is scored may be a cleaned form."""
+        return self.record["doc"].get("page", self.pairs[0][0])
 
 
 def read_task(path: str | Path) -> tuple[str, list[Document]]:
     """A samples file of lm-eval 0.4.0 to 0.4.13: (task name, documents). UserError names the line that is wrong."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    records = []
-    try:
-        if text.startswith("["):  # until 0.4.2: one array
-            records = [(i, record) for i, record in enumerate(json.loads(text))]
-        else:
-            for i, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    records.append((i, json.loads(line)))
-    except ValueError:
-        raise UserError(f"{path}: line {len(records) + 1} is not JSON; was the file cut off?") from None
-    documents, seen = [], set()
-    for i, record in records:
-        if not isinstance(record, dict) or not {"doc", "arguments"} <= record.keys():
-            raise UserError(f"{path}: line {i} is not a sample of lm-eval's (no `doc` or `arguments`)")
-        if (key := record.get("doc_id", i)) not in seen:  # a task with several filters logs a document for each
-            documents.append(read_document(record, f"{path}: line {i}"))
-            seen.add(key)
-        if record["doc"].keys() != records[0][1]["doc"].keys() or is_rolling(documents[-1]) != is_rolling(documents[0]):
-            raise UserError(f"{path}: line {i} is of another task than the first; give each task a file of its own")
-    if not documents:
+    records = read_records(path)
+    if not records:
         raise UserError(f"{path}: holds no sample")
+    documents, seen = [], set()
+    for where, record in records:
+        doc_id = str(record.get("doc_id", where))
+        if doc_id not in seen:  # a task with several filters logs each document once for each of them
+            documents.append(read_document(record, where))
+            seen.add(doc_id)
+        first = documents[0]
+        if record["doc"].keys() != first.record["doc"].keys() or documents[-1].rolling != first.rolling:
+            raise UserError(f"{where} is of another task than the first; give each task a file of its own")
+    if documents[0].rolling and not any(document.page for document in documents):
+        raise UserError(f"{path}: holds no text")
     name = re.sub(r"_\d{4}-\d\d-\d\dT.*$", "", path.stem.removeprefix("samples_"))
     return name, documents
 
 
-def is_rolling(document: Document) -> bool:
-    return document.pairs[0][1] is None
+def read_tasks(paths: list[str]) -> dict[str, list[Document]]:
+    """{task name: documents} of several samples files. UserError where two are of one task."""
+    tasks = {}
+    for path in paths:
+        name, documents = read_task(path)
+        if name in tasks:
+            raise UserError(f"--tasks {path}: another file is of task {name} too")
+        tasks[name] = documents
+    return tasks
+
+
+def read_utf8(path: str | Path) -> str:
+    """The text of a file, its line ends as they are. UserError where it cannot be read."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
+def read_records(path: Path) -> list[tuple[str, dict]]:
+    """lm-eval's records, each behind the place where it stands, for messages: one on each line, or one JSON array
+    (until 0.4.2)."""
+    text = read_utf8(path)
+    places, where = [], str(path)
+    try:
+        if text.startswith("["):
+            places = [(f"{path}: sample {i}", record) for i, record in enumerate(json.loads(text), 1)]
+        else:
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"{path}: line {i}"
+                if line.strip():
+                    places.append((where, json.loads(line)))
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is not JSON; expected a whole samples file, a JSON object on each line") from None
+    for where, record in places:
+        if not isinstance(record, dict) or not isinstance(record.get("doc"), dict) or "arguments" not in record:
+            raise UserError(f"{where} is not a sample of lm-eval's (no `doc` or `arguments`)")
+    return places
 
 
 def read_document(record: dict, where: str) -> Document:
-    arguments = record["arguments"]
+    """A Document from lm-eval's record. UserError, beginning with `where`, for what cannot be scored."""
+    document = Document(record, read_pairs(record["arguments"], where), set())
+    if document.rolling:
+        if not is_text(document.page):
+            raise UserError(f"{where}: its `page` is not a text")
+        return document
+    if document.mutual_info and len(document.pairs) % 2:
+        raise UserError(f"{where}: has {len(document.pairs)} contexts for acc_mutual_info, an odd number: one was lost")
+    listed = record["doc"].get("choices")  # where data sets keep them: a list, or {"text": [...], "label": [...]}
+    listed = listed.get("text") if isinstance(listed, dict) else listed
+    if isinstance(listed, list) and len(listed) > document.n_choices:
+        raise UserError(f"{where}: has {document.n_choices} choices, its document {len(listed)}: a choice was lost")
+    document.gold = read_gold(document, where)
+    return document
+
+
+def read_pairs(arguments, where: str) -> list[tuple[str, str | None]]:
+    """(context, continuation) of each choice, from [[context, continuation], ...] or, since 0.4.3, from
+    {"gen_args_0": {"arg_0": context, "arg_1": continuation}, "gen_args_1": ...}; of a rolling task one (text, None)."""
     if isinstance(arguments, dict):
         names = [f"gen_args_{i}" for i in range(len(arguments))]
         if missing := [name for name in names if name not in arguments]:
             raise UserError(f"{where}: {missing[0]} is missing: a choice was lost")
-        arguments = [[v for _, v in sorted(arguments[name].items())] for name in names]
+        arguments = [arguments[name] for name in names]
+        arguments = [[a[key] for key in sorted(a)] if isinstance(a, dict) else a for a in arguments]
+    if not isinstance(arguments, list) or not all(isinstance(a, list) and a for a in arguments):
+        raise UserError(f"{where}: its `arguments` are not lm-eval's")
     pairs = [(a[0], a[1] if len(a) > 1 else None) for a in arguments]
-    if any(isinstance(text, dict) for _, text in pairs):
+    if any(isinstance(continuation, dict) for _, continuation in pairs):  # how to generate: {"until": [...]}
         raise UserError(f"{where}: is of a generative task; only multiple-choice and rolling tasks can be scored")
     rolling = len(pairs) == 1 and pairs[0][1] is None
-    if not rolling and (len(pairs) < 2 or not all(isinstance(s, str) for pair in pairs for s in pair)):
-        raise UserError(f"{where}: has {len(pairs)} choices with a context and a continuation, expected 2 or more")
-    document = Document(record, pairs, set())
-    if not rolling:
-        listed = record["doc"].get("choices")
-        listed = listed.get("text") if isinstance(listed, dict) else listed
-        if isinstance(listed, list) and len(listed) > document.n_choices:
-            raise UserError(f"{where}: has {document.n_choices} choices, its document {len(listed)}: a choice was lost")
-        document.gold = gold(document, where)
-    return document
+    texts = [pairs[0][0]] if rolling else [text for pair in pairs for text in pair]
+    if not all(is_text(text) for text in texts):
+        raise UserError(f"{where}: a context or a continuation is not a text")
+    if not rolling and len(pairs) < 2:
+        raise UserError(f"{where}: has {len(pairs)} choices, expected 2 or more")
+    return pairs
 
 
-def gold(document: Document, where: str) -> set[int]:
+def is_text(x) -> bool:
+    """Whether x is a string of Unicode; JSON's may hold half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
+
+
+def read_gold(document: Document, where: str) -> set[int]:
     """The right choices, from `target`: an index, a choice's text, or a list of either; see the notes inline."""
     choices, target = document.choices, document.record.get("target")
     if len({context for context, _ in document.pairs}) > 1 and len(set(choices)) == 1:
-        target = document.record["doc"].get("answer")  # WinoGrande: contexts differ, and target is the continuation
-        if str(target) not in ("1", "2"):
-            raise UserError(f"{where}: contexts differ, and its document's `answer` is {target!r}, expected 1 or 2")
-        return {int(target) - 1}
+        answer = document.record["doc"].get("answer")  # WinoGrande: contexts differ, and target is the continuation
+        if str(answer) not in ("1", "2"):
+            raise UserError(f"{where}: contexts differ, and its document's `answer` is {answer!r}, expected 1 or 2")
+        return {int(answer) - 1}
     if target is None or target == "":
         raise UserError(f"{where}: has no `target`: no gold answer")
     if isinstance(target, str) and target.startswith("[") and target not in choices:
         try:
             target = ast.literal_eval(target)
-        except (ValueError, SyntaxError):
-            raise UserError(f"{where}: target {target!r} is not a list") from None
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
+            raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
 
     def index(x) -> int:
         if isinstance(x, str) and x in choices:  # "2" may be a choice's text
             return choices.index(x)
-        return int(x) if re.fullmatch(r"-?\d+", str(x)) else -100  # a text that is no choice: always wrong
+        return int(x) if re.fullmatch(r"-?\d{1,9}", str(x)) else -100  # a text that is no choice: never right
 
     return {index(x) for x in (target if isinstance(target, list) else [target])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tokenise: one row for a document
+# tokenise: one row for each document
+
+# What the model is asked, lm-eval's word: input tokens, and the targets that the last len(targets) of them predict.
+Request = tuple[list[int], list[int]]
 
 
-Scored = tuple[list[int], list[int]]  # input tokens, and the target tokens that its last positions predict
+def bos_id(tokenizer: SentencePieceProcessor) -> int:
+    """The BOS token. UserError where the tokenizer has none."""
+    if tokenizer.bos_id() < 0:
+        raise UserError("the tokenizer has no BOS, which --add_bos, --ppl, rolling tasks and empty contexts need")
+    return tokenizer.bos_id()
 
 
-def encode_pair(tokenizer, context: str, continuation: str, add_bos: bool, max_len: int) -> Scored:
-    """(input, targets) of one choice: the input's last len(targets) positions predict the targets."""
+def encode_pair(
+    tokenizer: SentencePieceProcessor, context: str, continuation: str, add_bos: bool, max_len: int
+) -> Request:
+    """The request of one choice, its input at most max_len tokens. UserError where the continuation has no token."""
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
-    bos = [tokenizer.bos_id()]
     c = tokenizer.encode(context) if context else []
     t = tokenizer.encode(context + continuation)[len(c) :]
-    c = bos + c if add_bos or not context else c
+    if not t:
+        raise UserError(f"the choice {continuation!r} behind {context[-40:]!r} has no tokens: nothing can be scored")
+    if add_bos or not c:  # without a context BOS predicts the first token
+        c = [bos_id(tokenizer), *c]
     return (c + t)[-(max_len + 1) :][:-1], t[-max_len:]
 
 
-def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Scored]:
-    """lm-eval's windows over a long text: every token is predicted once, the first from BOS, each later window's input
-    being the max_len tokens before its last target."""
-    windows, padded = [], [bos, *tokens]
+def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Request]:
+    """lm-eval's windows over a long text. Every token is predicted once, the first from BOS; the input of each later
+    window is the max_len tokens before its last target."""
+    padded = [bos, *tokens]
+    windows = []
     for start in range(0, len(tokens), max_len):
         end = min(start + max_len, len(tokens))
         windows.append((padded[max(0, end - max_len) : end], tokens[start:end]))
@@ -197,89 +290,187 @@ def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Scored]:
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
-    shortest, other = min(sequences), max(sequences)  # in lexicographic order the extremes differ first
-    return next((i for i, (a, b) in enumerate(zip(shortest, other, strict=False)) if a != b), min(map(len, sequences)))
+    """How many tokens all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # in lexicographic order: what these two share, all share
+    pairs = zip(first, last, strict=False)  # they may differ in length
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sequences)))
+
+
+def shared_prefix(requests: list[list[Request]]) -> int:
+    """How many tokens all inputs of all documents begin with, up to the first position that predicts a target."""
+    return min(
+        common_prefix([tokens for choices in requests for tokens, _ in choices]),
+        min(len(tokens) - len(targets) for choices in requests for tokens, targets in choices),
+    )
 
 
 @dataclasses.dataclass
 class Row:
-    """Trunk and branches of a document end to end, behind `skip` tokens that a cache holds."""
+    """The trunk and the branches of one document, end to end, behind the tokens that a cache holds."""
 
     tokens: list[int]
     positions: list[int]
-    branch: list[int]  # 0: the trunk, k + 1: choice k
-    scored: list[Scored]  # of each choice: indices into the row, and the targets that they predict
+    branch: list[int]  # of each token: 0 in the trunk, k in the branch of the k-th choice
+    at: list[list[int]]  # of each choice: where in the row its targets are predicted
+    targets: list[list[int]]  # of each choice: its targets, as many
 
 
-def pack(choices: list[Scored], share: bool, skip: int = 0) -> Row:
-    """One row for a document. share=False: no trunk, each branch a whole input (what lm-eval computes, to compare)."""
-    trunk = common_prefix([x for x, _ in choices]) if share else skip
-    tokens, row = choices[0][0][skip:trunk], Row([], [], [], [])
-    row.tokens, row.positions, row.branch = list(tokens), list(range(skip, trunk)), [0] * len(tokens)
-    for k, (x, targets) in enumerate(choices):
-        start = len(row.tokens)  # row index of input position p: p - skip in the trunk, start + p - trunk in the branch
-        at = [p - skip if p < trunk else start + p - trunk for p in range(len(x) - len(targets), len(x))]
-        row.scored.append((at, targets))
-        row.tokens += x[trunk:]
-        row.positions += range(trunk, len(x))
-        row.branch += [k + 1] * (len(x) - trunk)
+def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
+    """One row for the choices of a document, without the first `skip` tokens of their inputs, which a cache holds.
+
+    share=False: no trunk, every branch is a whole input. That is what lm-eval computes, for comparison.
+    """
+    inputs = [tokens for tokens, _ in requests]
+    trunk = common_prefix(inputs) if share else skip
+    row = Row(inputs[0][skip:trunk], list(range(skip, trunk)), [0] * (trunk - skip), [], [])
+    for k, (tokens, targets) in enumerate(requests, 1):
+        start = len(row.tokens)
+        predicting = range(len(tokens) - len(targets), len(tokens))  # positions in the input; some may be in the trunk
+        row.at.append([p - skip if p < trunk else start + p - trunk for p in predicting])
+        row.targets.append(targets)
+        row.tokens += tokens[trunk:]
+        row.positions += range(trunk, len(tokens))
+        row.branch += [k] * (len(tokens) - trunk)
     return row
 
 
-def shared_prefix(documents: list[list[Scored]]) -> int:
-    """How many tokens all inputs begin with; at most up to the first position that is scored."""
-    return min(
-        common_prefix([x for choices in documents for x, _ in choices]),
-        min(len(x) - len(targets) for choices in documents for x, targets in choices),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# score
+# score: rows in batches, batches over processes
+
+
+Score = tuple[float, bool]  # of a choice: log p(targets | input) in nats; whether each target is the likeliest token
+Cache = list[list[Tensor]]  # of each layer: keys and values (B, n_kv_heads, tokens, head_dim), see `Llama.hidden`
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are: (0, 1) unless torchrun started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batches(rows: list[Row], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows, longest first, in batches of at most batch_tokens tokens, padding counted, or of one row."""
+    parts = []
+    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i)):
+        # the first row of a batch is its longest: all others are padded to it
+        if parts and len(rows[parts[-1][0]].tokens) * (len(parts[-1]) + 1) <= batch_tokens:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def branch_mask(branch: Tensor, past: int) -> Tensor:
+    """What each query (down) sees of the keys (across). branch (B, S) -> bool (B, 1, S, past + S), True = sees.
+
+        branch      0  0  0  1  1  2  2  2
+                   t0 t1 t2 a3 a4 b3 b4 b5
+               t0   x  .  .  .  .  .  .  .
+               t1   x  x  .  .  .  .  .  .
+               t2   x  x  x  .  .  .  .  .
+               a3   x  x  x  x  .  .  .  .
+               a4   x  x  x  x  x  .  .  .
+               b3   x  x  x  .  .  x  .  .
+               b4   x  x  x  .  .  x  x  .
+               b5   x  x  x  .  .  x  x  x
+
+    The `past` tokens of the cache, left of these, are seen by all.
+    """
+    query, key = branch[:, :, None], branch[:, None, :]
+    mask = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, S, S)
+    return torch.cat([mask.new_ones(*mask.shape[:3], past), mask], -1)
+
+
+def score_targets(model: Llama, x: Tensor, at: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
+    """log p of each target, predicted from the hidden state x[at], and whether it is the likeliest token.
+
+    x: (N, hidden_size). 1,024 targets at a time, since logits are large; a position that predicts for several choices
+    (the last of the trunk) is computed once for all of them.
+    """
+    log_p, likeliest = [], []
+    for start in range(0, len(at), 1024):
+        part = torch.tensor(targets[start : start + 1024], device=x.device)  # (n,)
+        positions = torch.tensor(at[start : start + 1024], device=x.device)  # (n,)
+        positions, of = positions.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
+        logits = model.lm_head(x[positions]).float()  # (u, vocab_size)
+        log_p += (logits[of, part] - logits.logsumexp(-1)[of]).tolist()
+        likeliest += (logits.argmax(-1)[of] == part).tolist()
+    return log_p, likeliest
 
 
 @torch.no_grad()
-def score_batch(model: Llama, rows: list[Row], prefix: list[list[Tensor]] | None) -> list[list[tuple[float, bool]]]:
-    """(log-likelihood, all targets are the argmax) of each choice of each row. prefix: keys and values of the shared
-    tokens, as `Llama.hidden` left them."""
-    device, S = model.lm_head.weight.device, max(len(row.tokens) for row in rows)
-    tokens, positions, branch = (
-        torch.tensor([getattr(row, name) + [fill] * (S - len(row.tokens)) for row in rows], device=device)
-        for name, fill in (("tokens", 0), ("positions", 0), ("branch", -1))
-    )
-    q, k = branch[:, :, None], branch[:, None, :]
-    mask = ((k == 0) | (k == q)).tril()[:, None]  # (B, 1, S, S)
+def score_batch(model: Llama, rows: list[Row], prefix: Cache | None) -> list[list[Score]]:
+    """The score of each choice of each row. prefix: keys and values of the tokens that all rows begin with."""
+    device = model.lm_head.weight.device
+    S = max(len(row.tokens) for row in rows)
+
+    def padded(lists: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([values + [fill] * (S - len(values)) for values in lists], device=device)  # (B, S)
+
+    tokens = padded([row.tokens for row in rows], 0)
+    positions = padded([row.positions for row in rows], 0)
+    branch = padded([row.branch for row in rows], -1)  # so that no choice sees the padding
     past = prefix[0][0].shape[2] if prefix else 0
-    mask = torch.cat([mask.new_ones(len(rows), 1, S, past), mask], -1)
-    cache = [list(layer) for layer in prefix] if prefix else None
-    x = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
+    cache = [list(layer) for layer in prefix] if prefix else None  # a copy of the lists: hidden adds this batch's own
+    x = model.hidden(tokens, positions, branch_mask(branch, past), cache)  # (B, S, hidden_size)
 
-    flat = [
-        (b * S + i, target, b, c)
-        for b, row in enumerate(rows)
-        for c, s in enumerate(row.scored)
-        for i, target in zip(*s, strict=True)
-    ]
-    result = [[[0.0, True] for _ in row.scored] for row in rows]
-    for start in range(0, len(flat), 1024):
-        part = flat[start : start + 1024]
-        at, inverse = torch.tensor([f[0] for f in part], device=device).unique(return_inverse=True)
-        logits = model.lm_head(x[at]).float()
-        targets = torch.tensor([f[1] for f in part], device=device)
-        ll = (logits[inverse, targets] - logits.logsumexp(-1)[inverse]).tolist()
-        greedy = (logits.argmax(-1)[inverse] == targets).tolist()
-        for (_, _, b, c), value, hit in zip(part, ll, greedy, strict=True):
-            result[b][c][0] += value
-            result[b][c][1] &= hit
-    if not all(math.isfinite(value) for row in result for value, _ in row):
-        raise UserError(f"a log-likelihood is not finite: {first_bad_layer(model, tokens)}")
-    return [[(value, hit) for value, hit in row] for row in result]
+    at, targets, choices = [], [], []  # of each target in the batch: where it is predicted, itself, (row, choice)
+    for b, row in enumerate(rows):
+        for k in range(len(row.at)):
+            at += [b * S + i for i in row.at[k]]
+            targets += row.targets[k]
+            choices += [(b, k)] * len(row.targets[k])
+    scores = [[(0.0, True)] * len(row.at) for row in rows]
+    for (b, k), value, hit in zip(choices, *score_targets(model, x.flatten(0, 1), at, targets), strict=True):
+        total, greedy = scores[b][k]
+        scores[b][k] = (total + value, greedy and hit)
+    return scores
 
 
-def first_bad_layer(model: Llama, tokens: Tensor) -> str:
-    """Names the first layer whose output has NaN or Inf."""
-    x = model.model.embed_tokens(tokens)
-    tables = rope_tables(model.config, torch.arange(tokens.shape[1], device=tokens.device), x.dtype)
+@torch.no_grad()
+def score(
+    model: Llama,
+    requests: list[list[Request]],
+    batch_tokens: int,
+    share: bool,
+    on_done: Callable[[int, list[Score]], None] | None = None,
+) -> tuple[list[list[Score]], int]:
+    """The score of each choice of each document, and how many tokens were run for them (without padding).
+
+    requests: those of each document's choices. on_done(i, scores): called when this process has scored document i.
+    Under torchrun the batches are dealt over the processes. A batch is the same whoever runs it, so that results do not
+    depend on the number of processes. UserError where a score is not finite.
+    """
+    skip = shared_prefix(requests) if share else 0
+    prefix = None
+    if skip:
+        tokens, _ = requests[0][0]
+        prefix = [[] for _ in model.model.layers]
+        model.hidden(torch.tensor([tokens[:skip]], device=model.lm_head.weight.device), cache=prefix)
+    rows = [pack_document(choices, share, skip) for choices in requests]
+    rank, world = rank_and_world()
+    scores = {}
+    for part in batches(rows, batch_tokens)[rank::world]:
+        for i, s in zip(part, score_batch(model, [rows[i] for i in part], prefix), strict=True):
+            scores[i] = s
+            if on_done:
+                on_done(i, s)
+        if not all(math.isfinite(value) for i in part for value, _ in scores[i]):
+            break  # not an error yet: it must reach the other processes, which wait below
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, scores)
+        scores = {i: s for part in gathered for i, s in part.items()}
+    bad = [(i, k) for i, s in scores.items() for k, (value, _) in enumerate(s) if not math.isfinite(value)]
+    if bad:
+        i, k = min(bad)
+        raise UserError(f"a log-likelihood is not finite: {first_bad_layer(model, requests[i][k][0])}")
+    return [scores[i] for i in range(len(rows))], skip + sum(len(row.tokens) for row in rows)
+
+
+def first_bad_layer(model: Llama, tokens: list[int]) -> str:
+    """Names the first layer whose output for these tokens has NaN or Inf."""
+    x = model.model.embed_tokens(torch.tensor([tokens], device=model.lm_head.weight.device))  # (1, T, hidden_size)
+    tables = rope_tables(model.config, torch.arange(len(tokens), device=x.device), x.dtype)
     if not x.isfinite().all():
         return "embed_tokens has NaN or Inf"
     for i, block in enumerate(model.model.layers):
@@ -289,110 +480,82 @@ def first_bad_layer(model: Llama, tokens: Tensor) -> str:
     return "the logits of lm_head have NaN or Inf"
 
 
-def batches(rows: list[Row], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most batch_tokens padded tokens (or one row)."""
-    parts = []
-    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i)):
-        if parts and len(rows[parts[-1][0]].tokens) * (len(parts[-1]) + 1) <= batch_tokens:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
-
-
-def score(model: Llama, documents: list[list[Scored]], batch_tokens: int, share: bool, say=None):
-    """Scores every choice of every document: ([(log-likelihood, greedy) of each choice] of each document, tokens run).
-
-    Under torchrun the batches are dealt over the ranks. A batch is the same whoever runs it, so results are identical.
-    say(index, scores): called as documents are done.
-    """
-    skip = shared_prefix(documents) if share else 0
-    prefix, computed = None, skip
-    if skip:
-        prefix = [[] for _ in model.model.layers]
-        first = torch.tensor([documents[0][0][0][:skip]], device=model.lm_head.weight.device)
-        with torch.no_grad():
-            model.hidden(first, cache=prefix)
-    rows = [pack(choices, share, skip) for choices in documents]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    scores = {}
-    for part in batches(rows, batch_tokens)[rank::world]:
-        for i, s in zip(part, score_batch(model, [rows[i] for i in part], prefix), strict=True):
-            scores[i] = s
-            if say:
-                say(i, s)
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, scores)
-        scores = {i: s for part in gathered for i, s in part.items()}
-    return [scores[i] for i in range(len(rows))], computed + sum(len(row.tokens) for row in rows)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# metrics
+# metrics: lm-eval's
 
 
 def argmax(values: list[float]) -> int:
     return max(range(len(values)), key=lambda i: (values[i], -i))  # the first of equals
 
 
-def judge(document: Document, scores: list[tuple[float, bool]]) -> dict[str, float]:
+def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
     """lm-eval's metrics of one document, each 0.0 or 1.0."""
-    n, ll = document.n_choices, [value for value, _ in scores]
-    texts = document.choices
+    n, texts = document.n_choices, document.choices
+    values = [value for value, _ in scores]
+    conditional, unconditional = values[:n], values[n:]
     chosen = {
-        "acc": argmax(ll[:n]),
-        "acc_norm": argmax([value / max(1, len(text)) for value, text in zip(ll, texts, strict=False)]),
-        "acc_bytes": argmax([value / max(1, len(text.encode())) for value, text in zip(ll, texts, strict=False)]),
+        "acc": argmax(conditional),
+        "acc_norm": argmax([v / max(1, len(text)) for v, text in zip(conditional, texts, strict=True)]),
+        "acc_bytes": argmax([v / max(1, len(text.encode())) for v, text in zip(conditional, texts, strict=True)]),
     }
-    if len(ll) == 2 * n:
-        chosen["acc_mutual_info"] = argmax([a - b for a, b in zip(ll[:n], ll[n:], strict=True)])
+    if document.mutual_info:
+        chosen["acc_mutual_info"] = argmax([a - b for a, b in zip(conditional, unconditional, strict=True)])
     return {metric: float(choice in document.gold) for metric, choice in chosen.items()}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error; the values are 0 or 1. No error for a single document."""
+    """Mean and standard error of values that are 0 or 1. A single value has no error."""
     n, p = len(values), sum(values) / len(values)
     return p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
 
 
-def summarise(judged: list[dict[str, float]]) -> dict:
+def summarise(metrics: list[dict[str, float]]) -> dict:
+    """A task's results from its documents' metrics: the mean and the standard error of each, and n."""
     result = {}
-    for metric in judged[0]:
-        result[metric], result[f"{metric}_stderr"] = mean_and_error([j[metric] for j in judged])
-    return result | {"n": len(judged)}
+    for metric in metrics[0]:
+        result[metric], result[f"{metric}_stderr"] = mean_and_error([m[metric] for m in metrics])
+    return result | {"n": len(metrics)}
 
 
-def rolling_metrics(documents: list[Document], lls: list[float]) -> dict:
-    """Word perplexity, byte perplexity and bits per byte of a rolling task, over the words of the original page."""
-    pages = [d.record["doc"].get("page", d.pairs[0][0]) for d in documents]
-    n_words, n_bytes = sum(len(re.split(r"\s+", p)) for p in pages), sum(len(p.encode()) for p in pages)
-    total = -sum(lls)
+def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
+    """Word perplexity, byte perplexity and bits per byte of a rolling task. log_p: of each document's text, in nats.
+
+    A perplexity is None where it is more than a float can hold (a text without spaces is one word).
+    """
+    n_words = sum(len(re.split(r"\s+", d.page)) for d in documents)
+    n_bytes = sum(len(d.page.encode()) for d in documents)
+    total = -sum(log_p)
+    exp = lambda x: math.exp(x) if x < 709 else None
     return {
-        "word_perplexity": math.exp(total / n_words),
-        "byte_perplexity": math.exp(total / n_bytes),
+        "word_perplexity": exp(total / n_words),
+        "byte_perplexity": exp(total / n_bytes),
         "bits_per_byte": total / n_bytes / math.log(2),
         "n": len(documents),
     }
 
 
 def aggregates(results: dict[str, dict]) -> dict[str, dict]:
-    """The paper's seven-task average, and MMLU over its subjects: weighted by size as lm-eval does, and unweighted."""
+    """The paper's average of seven tasks, and MMLU over its subjects: weighted by size as lm-eval does, and unweighted.
+
+    Each only where its tasks are among the results.
+    """
+    results = {task: r for task, r in results.items() if "acc" in r}
     out = {}
     if all(task in results for task in SEVEN):
         out["average of seven"] = {"acc": sum(results[task]["acc"] for task in SEVEN) / 7, "n": 7}
     subjects = [r for task, r in results.items() if task.startswith("mmlu_")]
     if len(subjects) > 1:
-        N, k = sum(r["n"] for r in subjects), len(subjects)
-        pooled = sum((r["n"] - 1) * (r["acc_stderr"] or 0) ** 2 * r["n"] for r in subjects) / (N - k)
-        micro = sum(r["acc"] * r["n"] for r in subjects) / N
-        out["mmlu"] = {"acc": micro, "acc_stderr": math.sqrt(pooled / N), "n": N}
+        k, N = len(subjects), sum(r["n"] for r in subjects)
+        acc = sum(r["acc"] * r["n"] for r in subjects) / N
+        squares = sum((r["n"] - 1) * (r["acc_stderr"] or 0) ** 2 * r["n"] for r in subjects)
+        error = math.sqrt(squares / (N - k) / N) if k < N else None  # N = k: one document in each
+        out["mmlu"] = {"acc": acc, "acc_stderr": error, "n": N}
         out["mmlu, mean of subjects"] = {"acc": sum(r["acc"] for r in subjects) / k, "n": k}
     return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tasks, texts, tables
+# a task, from documents to results
 
 
 def run_task(
@@ -403,104 +566,178 @@ def run_task(
     batch_tokens: int = 8192,
     share: bool = True,
     name: str | None = None,
-) -> tuple[dict, list]:
-    """Scores a task. Returns its results and, for each document, its scores. name: show a bar of this name."""
+) -> tuple[dict, list[list[Score]]]:
+    """Scores a task. Returns its results and the scores of each document's choices.
+
+    batch_tokens: of a batch at most, padding counted. share=False: every choice runs with its own context. name: shows
+    a bar of this name.
+    """
     max_len = model.config.max_seq_len
-    if is_rolling(documents[0]):
-        windows = []
-        for d in documents:
-            tokens = [tokenizer.bos_id()] * add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts it too
-            windows.append(rolling_windows(tokens, tokenizer.bos_id(), max_len))
-        flat, tokens = score(model, [[w] for ws in windows for w in ws], batch_tokens, share=False)
-        lls = iter(s[0][0] for s in flat)
-        scores = [[(sum(next(lls) for _ in ws), False)] for ws in windows]
-        return rolling_metrics(documents, [s[0][0] for s in scores]) | {"tokens": tokens}, scores
-    encoded = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in d.pairs] for d in documents]
+    if documents[0].rolling:
+        return run_rolling(model, tokenizer, documents, add_bos, batch_tokens)
+    requests = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in d.pairs] for d in documents]
     bar = tqdm(total=len(documents), desc=name, unit="doc", disable=None if name else True)
     right = []
 
-    def say(i, s):
-        right.append(judge(documents[i], s)["acc"])
+    def on_done(i: int, s: list[Score]) -> None:
+        right.append(document_metrics(documents[i], s)["acc"])
         bar.update()
         bar.set_postfix_str(f"acc {sum(right) / len(right):.3f}", refresh=False)
 
-    scores, tokens = score(model, encoded, batch_tokens, share, say)
+    scores, n_tokens = score(model, requests, batch_tokens, share, on_done)
     bar.close()
-    judged = [judge(d, s) for d, s in zip(documents, scores, strict=True)]
-    return summarise(judged) | {"tokens": tokens}, scores
+    metrics = [document_metrics(d, s) for d, s in zip(documents, scores, strict=True)]
+    return summarise(metrics) | {"tokens": n_tokens}, scores
+
+
+def run_rolling(
+    model: Llama, tokenizer: SentencePieceProcessor, documents: list[Document], add_bos: bool, batch_tokens: int
+) -> tuple[dict, list[list[Score]]]:
+    """Scores a rolling task: `run_task` for documents that are whole texts."""
+    bos = bos_id(tokenizer)
+    windows = []
+    for d in documents:
+        tokens = [bos] * add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts the added BOS too
+        windows.append(rolling_windows(tokens, bos, model.config.max_seq_len))
+    scores, n_tokens = score(model, [[window] for ws in windows for window in ws], batch_tokens, share=False)
+    values = iter([choices[0][0] for choices in scores])
+    log_p = [sum(next(values) for _ in ws) for ws in windows]
+    return rolling_metrics(documents, log_p) | {"tokens": n_tokens}, [[(value, False)] for value in log_p]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# perplexity: Wanda's
+
+
+def read_text(path: str | Path, tokenizer: SentencePieceProcessor) -> Tensor:
+    """The tokens of a text (n,), int64, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in
+    front. UserError where it cannot be read."""
+    lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
+    rows = [line if line.strip() else "" for line in lines]
+    return torch.tensor([bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows))])
+
+
+def read_texts(paths: list[str], tokenizer: SentencePieceProcessor, seqlen: int) -> dict[str, Tensor]:
+    """{name: tokens} of several texts, a name being the file's without its ending. UserError where two have the same,
+    or one is shorter than a window of seqlen tokens."""
+    texts = {}
+    for path in paths:
+        name, tokens = Path(path).stem, read_text(path, tokenizer)
+        if name in texts:
+            raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
+        if len(tokens) < seqlen:
+            raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
+        texts[name] = tokens
+    return texts
 
 
 @torch.no_grad()
-def perplexity(model: Llama, tokens: Tensor, seqlen: int, batch_tokens: int = 16384) -> tuple[float, int]:
-    """Wanda's perplexity of one long token sequence (1-D, BOS in front). Returns (perplexity, tokens in windows)."""
+def perplexity(model: Llama, tokens: Tensor, seqlen: int) -> tuple[float, int]:
+    """Wanda's perplexity of one long text, tokens (n,) with BOS in front. Returns (perplexity, tokens in windows).
+
+    Under torchrun the windows are dealt over the processes. UserError where the loss is not finite.
+    """
+    device = model.lm_head.weight.device
     windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = torch.zeros(len(windows), dtype=torch.float64)
-    parts = list(enumerate(windows.split(max(1, batch_tokens // seqlen))))
-    for i, part in tqdm(parts[rank::world], desc="perplexity", disable=None if rank == 0 else True):
-        for j, window in enumerate(part):
-            window = window.to(model.lm_head.weight.device)[None]
-            targets = torch.cat([window[:, 1:], window.new_full((1, 1), -100)], 1)
-            total[i * max(1, batch_tokens // seqlen) + j] = model(window, targets).double().cpu() / (seqlen - 1)
+    rank, world = rank_and_world()
+    losses = torch.zeros(len(windows), dtype=torch.float64)  # nats a token, 0 where another process runs the window
+    for i in tqdm(range(rank, len(windows), world), desc="perplexity", disable=None if rank == 0 else True):
+        window = windows[i : i + 1].to(device)  # (1, seqlen)
+        targets = torch.cat([window[:, 1:], window.new_full((1, 1), -100)], 1)  # the last predicts nothing
+        losses[i] = model(window, targets).double().cpu() / (seqlen - 1)
     if world > 1:
-        total = total.to(model.lm_head.weight.device)
-        dist.all_reduce(total)
-    mean = total.mean().item()
-    if not math.isfinite(mean):
-        raise UserError(
-            f"the loss is not finite: {first_bad_layer(model, windows[:1].to(model.lm_head.weight.device))}"
-        )
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    finite = losses.isfinite().tolist()
+    if not all(finite):
+        raise UserError(f"the loss is not finite: {first_bad_layer(model, windows[finite.index(False)].tolist())}")
+    mean = losses.mean().item()
+    if mean > 709:
+        raise UserError(f"the mean loss is {mean:.0f} nats a token: its perplexity is more than a float can hold")
     return math.exp(mean), windows.numel()
 
 
-def read_text(path: str, tokenizer) -> Tensor:
-    """A text as WikiText-2 is read: lines, blank ones emptied, joined by a blank line; BOS in front."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as f:
-            rows = [line if line.strip() else "" for line in f]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--ppl {path}: cannot be read as UTF-8 text: {e}") from None
-    return torch.tensor([tokenizer.bos_id(), *tokenizer.encode("\n\n".join(rows))])
+# ----------------------------------------------------------------------------------------------------------------------
+# the model as it is measured
 
 
-def log_samples(folder: str, name: str, documents: list[Document], scores: list) -> None:
-    """Every choice's log-likelihood in lm-eval's own shape, so that its tools read it."""
-    with atomic(Path(folder) / f"samples_{name}.jsonl") as tmp, open(tmp, "w", encoding="utf-8") as f:
-        for document, s in zip(documents, scores, strict=True):
-            rolling = is_rolling(document)
-            resps = [str(value) if rolling else [str(value), str(hit)] for value, hit in s]
-            record = document.record | {"resps": [[r] for r in resps], "filtered_resps": resps}
-            judged = {} if rolling else judge(document, s)
-            record |= {metric: value for metric, value in judged.items() if metric in record.get("metrics", judged)}
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def sparsity(model: Llama) -> float:
-    """Share of zeros in the blocks' linears."""
+def share_of_zeros(model: Llama) -> float:
+    """The share of zeros in the blocks' linears: the model's sparsity."""
     linears = [m.weight for block in model.model.layers for m in block.modules() if isinstance(m, nn.Linear)]
     return sum((w == 0).sum().item() for w in linears) / sum(w.numel() for w in linears)
 
 
 def to_semi_structured(model: Llama) -> None:
-    """2:4 linears through the GPU's sparse matrix units, converted one at a time. UserError where that cannot be."""
+    """Runs 2:4 linears on the GPU's sparse matrix units, converted one at a time. UserError where that cannot be."""
     if model.lm_head.weight.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 0):
         raise UserError("--semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later")
     if model.lm_head.weight.dtype not in (torch.float16, torch.bfloat16):
         raise UserError("--semi_structured: needs --dtype float16 or bfloat16")
     for name, module in model.model.named_modules():
         if isinstance(module, nn.Linear):
-            if (module.weight.view(-1, 4) != 0).sum(1).max() > 2:
+            if module.in_features % 4 or (module.weight.view(-1, 4) != 0).sum(1).max() > 2:
                 raise UserError(f"--semi_structured: {name} is not 2:4 (a group of 4 has more than 2 non-zeros)")
-            module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.data), False)
+            try:
+                sparse = torch.sparse.to_sparse_semi_structured(module.weight.data)
+            except RuntimeError as e:  # rows or columns that are no multiple of what the units take
+                raise UserError(f"--semi_structured: {name}: {e}") from None
+            module.weight = nn.Parameter(sparse, False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def log_samples(path: Path, documents: list[Document], scores: list[list[Score]]) -> None:
+    """Every choice's log-likelihood in lm-eval's own shape, so that its tools read it."""
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape again
+    with atomic(path) as tmp, open(tmp, "w", encoding="utf-8", errors="backslashreplace") as f:
+        for document, s in zip(documents, scores, strict=True):
+            resps = [str(value) if document.rolling else [str(value), str(hit)] for value, hit in s]
+            metrics = {} if document.rolling else document_metrics(document, s)
+            if isinstance(wanted := document.record.get("metrics"), list):
+                metrics = {metric: value for metric, value in metrics.items() if metric in wanted}
+            record = document.record | {"resps": [[r] for r in resps], "filtered_resps": resps} | metrics
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def samples_file(folder: str, name: str) -> Path:
+    """Where --log_samples puts a task."""
+    return Path(folder) / f"samples_{name}.jsonl"
+
+
+def digest(*parts) -> str:
+    """A hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_partial(path: Path) -> dict[str, dict]:
+    """What an interrupted command has left: {digest of all that a part depends on: its results}.
+
+    Rank 0 reads it for all processes, so that they agree on what is left to do.
+    """
+    rank, world = rank_and_world()
+    finished = [read_json(path, dict) if rank == 0 and path.exists() else {}]
+    if world > 1:
+        dist.broadcast_object_list(finished)
+    return finished[0]
+
+
+def write_partial(path: Path, finished: dict[str, dict]) -> None:
+    if rank_and_world()[0] == 0:
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(finished))
 
 
 def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
+    """The results as lines to read: accuracies and their standard errors in percent, then perplexities."""
     lines = []
     if results:
         lines.append(f"{'task':<28} {'acc':>15} {'acc_norm':>15} {'documents':>10}")
     for task, r in results.items():
         if "word_perplexity" in r:
-            lines.append(f"{task:<28} word perplexity {r['word_perplexity']:.4f} {r['n']:>20}")
+            value = "too large" if r["word_perplexity"] is None else f"{r['word_perplexity']:.4f}"
+            lines.append(f"{task:<28} word perplexity {value} {r['n']:>20}")
             continue
         cells = []
         for metric in ("acc", "acc_norm"):
@@ -513,102 +750,147 @@ def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main():
+# ----------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Score multiple-choice tasks from lm-eval's samples files, and the perplexity of texts.",
         epilog="Perplexity is Wanda's: one BOS at the very start of the text, windows of --seqlen tokens, the tail "
         "that does not fill a window dropped, each window alone, its first token not predicted.",
     )
     add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--ckpt", required=True, help="the model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--tasks", nargs="+", default=[], metavar="FILE", help="samples files of lm-eval")
     add("--ppl", nargs="+", default=[], metavar="FILE", help="plain texts")
     add("--seqlen", type=int, help="tokens in a window of --ppl (default: the model's max_seq_len)")
     add("--add_bos", action="store_true", help="put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)")
     add("--log_samples", metavar="DIR", help="write every choice's log-likelihood there, in lm-eval's shape")
-    add("--batch_tokens", type=int, default=8192, help="padded tokens in a batch (default: 8192)")
+    add("--batch_tokens", type=int, default=8192, help="padded tokens in a batch of --tasks (default: 8192)")
     add("--no_sharing", action="store_true", help="run every choice with its own context, as lm-eval does")
     add("--semi_structured", action="store_true", help="run 2:4 linears on the GPU's sparse matrix units")
-    add(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where to run"
-    )
+    add("--device", default=device, choices=("cpu", "cuda"), help=f"where to run (default here: {device})")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")
     add("--out", required=True, help="the results, JSON; OUT.partial holds finished tasks until all are")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.tasks and not args.ppl:
         raise UserError("nothing to do: give --tasks or --ppl")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
-    if args.batch_tokens < 1 or (args.seqlen is not None and args.seqlen < 2):
-        raise UserError("--batch_tokens: expected 1 or more, --seqlen: 2 or more")
+    if args.batch_tokens < 1:
+        raise UserError(f"--batch_tokens {args.batch_tokens}: expected 1 or more")
+    if args.seqlen is not None and args.seqlen < 2:
+        raise UserError(f"--seqlen {args.seqlen}: expected 2 or more")
+    return args
+
+
+def check_outputs(args: argparse.Namespace, tasks: list[str]) -> None:
+    """Refuses, before any work is done, outputs that cannot be written or would replace an input."""
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: must end in .json")
-    out = check_out(args.out)
-    rank = int(os.environ.get("RANK", 0))
-    tasks = {}
-    for path in args.tasks:
-        name, documents = read_task(path)
-        if name in tasks:
-            raise UserError(f"--tasks: two files are of task {name}")
-        tasks[name] = documents
+    outputs = {"--out": [check_out(args.out)]}
+    if args.log_samples:
+        outputs["--log_samples"] = [samples_file(args.log_samples, name) for name in tasks]
+        check_out(Path(args.log_samples) / "samples.json", "--log_samples")
+    inputs = {Path(path).resolve() for path in args.tasks + args.ppl}
+    for flag, paths in outputs.items():
+        for path in paths:
+            if path.resolve() in inputs:
+                raise UserError(f"{flag}: {path} would be overwritten, and it is an input")
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    model, tokenizer = load(args.ckpt, getattr(torch, args.dtype or "", None), args.device)
-    model.requires_grad_(False)
-    if tokenizer is None:
-        raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model beside it")
-    texts = {Path(path).stem: read_text(path, tokenizer) for path in args.ppl}
-    seqlen = args.seqlen or model.config.max_seq_len
+
+def join_processes(device: str) -> None:
+    """The process group that torchrun has prepared; without torchrun nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs that torch sees"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def measure(
+    args: argparse.Namespace,
+    model: Llama,
+    tokenizer: SentencePieceProcessor,
+    tasks: dict[str, list[Document]],
+    texts: dict[str, Tensor],
+    seqlen: int,
+    settings: str,
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Results of all tasks, and perplexities of all texts.
+
+    Each is kept in OUT.partial once it is there, so that an interrupted command, given again, goes on with the next.
+    settings: a digest of what all of them depend on.
+    """
+    rank, _ = rank_and_world()
+    partial = Path(f"{args.out}.partial")
+    finished = read_partial(partial)
+    results, ppl = {}, {}
+    for name, documents in tasks.items():
+        key = digest(settings, name, [d.record for d in documents])
+        if key not in finished:
+            options = (args.add_bos, args.batch_tokens, not args.no_sharing, name if rank == 0 else None)
+            finished[key], scores = run_task(model, tokenizer, documents, *options)
+            if args.log_samples and rank == 0:
+                log_samples(samples_file(args.log_samples, name), documents, scores)
+            write_partial(partial, finished)
+        results[name] = finished[key]
     for name, tokens in texts.items():
-        if len(tokens) < seqlen or seqlen < 2:
-            raise UserError(f"--ppl {name}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
-    about = {"ckpt": args.ckpt, "history": model.history, "sparsity": sparsity(model), "add_bos": args.add_bos}
+        key = digest(settings, name, seqlen, tokens.tolist())
+        if key not in finished:
+            value, n_tokens = perplexity(model, tokens, seqlen)
+            finished[key] = {"ppl": value, "seqlen": seqlen, "tokens": n_tokens}
+            write_partial(partial, finished)
+        ppl[name] = finished[key]
+    return results | aggregates(results), ppl
+
+
+def main():
+    # --- what the command names, checked before any weight is read
+    args = parse_args()
+    tasks = read_tasks(args.tasks)
+    check_outputs(args, list(tasks))
+    ckpt = open_checkpoint(args.ckpt)
+    if ckpt.tokenizer is None:
+        raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model beside it")
+    tokenizer = load_tokenizer(ckpt.tokenizer)
+    seqlen = args.seqlen or ckpt.config.max_seq_len
+    texts = read_texts(args.ppl, tokenizer, seqlen)
+
+    # --- the model
+    join_processes(args.device)
+    model, _ = load(args.ckpt, getattr(torch, args.dtype) if args.dtype else None, args.device)
+    model.requires_grad_(False)
+    about = {"ckpt": args.ckpt, "history": model.history, "sparsity": share_of_zeros(model), "add_bos": args.add_bos}
     if args.semi_structured:
         to_semi_structured(model)
 
-    # finished parts are kept under a key of everything they depend on, so that an interrupted command goes on
-    kept = Path(f"{out}.partial")
-    key = hashlib.sha256(json.dumps([about, str(args.dtype), seqlen, os.path.getmtime(args.ckpt)]).encode()).hexdigest()
-    done = json.loads(kept.read_text()) if kept.exists() else {}
-    done = done if done.get("key") == key else {"key": key, "results": {}, "perplexity": {}}
-
-    def keep():
-        if rank == 0:
-            with atomic(kept) as tmp:
-                tmp.write_text(json.dumps(done))
-
-    for name, documents in tasks.items():
-        digest = hashlib.sha256(json.dumps([d.record["arguments"] for d in documents]).encode()).hexdigest()
-        if done["results"].get(name, {}).get("digest") != digest:
-            settings = (args.add_bos, args.batch_tokens, not args.no_sharing, name if rank == 0 else None)
-            result, scores = run_task(model, tokenizer, documents, *settings)
-            if args.log_samples and rank == 0:
-                log_samples(args.log_samples, name, documents, scores)
-            done["results"][name] = result | {"digest": digest}
-            keep()
-    for name, tokens in texts.items():
-        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        if done["perplexity"].get(name, {}).get("digest") != digest:
-            value, n = perplexity(model, tokens, seqlen, args.batch_tokens)
-            done["perplexity"][name] = {"ppl": value, "seqlen": seqlen, "tokens": n, "digest": digest}
-            keep()
-    results, ppl = (
-        {k: {m: v for m, v in done[part][k].items() if m != "digest"} for k in names}
-        for part, names in (("results", tasks), ("perplexity", texts))
-    )
-    results |= aggregates(results)
-    if rank == 0:
-        with atomic(out) as tmp:
+    # --- its results. Neither --batch_tokens nor --device is a setting: when memory runs out, another one may go on
+    flags = [args.dtype, args.no_sharing, args.semi_structured, args.log_samples]
+    settings = digest(about, ckpt.fingerprint(), ckpt.tokenizer.hex(), flags)
+    results, ppl = measure(args, model, tokenizer, tasks, texts, seqlen, settings)
+    if rank_and_world()[0] == 0:
+        with atomic(args.out) as tmp:
             tmp.write_text(json.dumps(about | {"results": results, "perplexity": ppl}, indent=2) + "\n")
-        kept.unlink(missing_ok=True)
+        Path(f"{args.out}.partial").unlink(missing_ok=True)
         print(table(results, ppl))
-        print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {out}")
+        print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        cli(main)
+    except RuntimeError as e:  # whichever process it is: under torchrun the others are stopped
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        what, wish = str(e).splitlines()[0][:100], "a smaller --batch_tokens (--tasks), --seqlen (--ppl) or --dtype"
+        print(f"evaluate.py: error: out of memory ({what}); what helps: {wish}", file=sys.stderr)
+        os._exit(2)  # a GPU's collectives that are under way would hold up a tidy exit

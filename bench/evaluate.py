@@ -3,11 +3,11 @@
     python -m venv .venv-lm-eval && .venv-lm-eval/bin/pip install torch==2.13.0 lm_eval==0.4.13 transformers accelerate
     python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --tasks samples_arc_easy.jsonl ...
 
-A random LLaMA of about 58M parameters is made on the spot (so accuracies are chance; the work is real). --tokenizer is a
+A random LLaMA of about 58M parameters is made on the spot: accuracies are chance, but the work is real. --tokenizer is a
 directory with LLaMA's tokenizer.model and tokenizer.json; --tasks are samples files, from lm-eval's dummy model or from
-data/lm_eval/prepare.py. lm-eval is given the same rendered contexts and choices as a task of its own, with batch sizes 1
-and 8, and with BOS as it does today. What is timed on either side is rendered documents to metrics, the model being
-loaded: lm-eval's simple_evaluate, our run_task.
+data/lm_eval/prepare.py. lm-eval gets the same rendered contexts and choices as a task of its own, with batch sizes 1
+and 8, and puts BOS in front, as it does by default today. On either side the clock runs from rendered documents to
+metrics, with the model already loaded: lm-eval's simple_evaluate, our run_task.
 """
 
 import argparse
@@ -42,6 +42,7 @@ metric_list: [{{metric: acc}}]
 
 
 def make_model(folder: Path, tokenizer: Path) -> None:
+    """Writes the random model, as a Hugging Face directory that either side loads."""
     torch.manual_seed(0)
     config = LlamaConfig(32000, 512, 1408, n_layers=8, n_heads=8, max_seq_len=2048, norm_eps=1e-5)
     save(Llama(config), folder, load_tokenizer(tokenizer))
@@ -49,7 +50,8 @@ def make_model(folder: Path, tokenizer: Path) -> None:
         shutil.copy(tokenizer / name, folder)
 
 
-def lm_eval(python: str, model: Path, tasks: Path, out: Path, batch: int) -> float:
+def lm_eval(python: str, model: Path, tasks: Path, out: Path, batch: int) -> dict:
+    """Runs bench_task of the folder `tasks` under lm-eval, on one thread: {"seconds", "acc"}."""
     code = (
         "import sys, time, json, torch; torch.set_num_threads(1)\n"
         "from lm_eval import evaluator, tasks\n"
@@ -85,23 +87,23 @@ def main():
         for path in args.tasks:
             name, documents = read_task(path)
             documents = documents[: args.limit]
-            docs = [
-                {"context": d.pairs[0][0], "choices": [c for _, c in d.pairs], "gold": min(d.gold)} for d in documents
-            ]
-            (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+            with open(folder / "docs.jsonl", "w") as f:
+                for d in documents:
+                    choices = [continuation for _, continuation in d.pairs]
+                    doc = {"context": d.pairs[0][0], "choices": choices, "gold": min(d.gold)}
+                    f.write(json.dumps(doc) + "\n")
             (folder / "tasks" / "bench_task.yaml").write_text(YAML.format(docs=folder / "docs.jsonl"))
-            times = {"ours": [], 1: [], 8: []}
+            ours, theirs = [], {1: [], 8: []}  # seconds of each repeat; of lm-eval by batch size
             for _ in range(args.repeats):
                 start = time.perf_counter()
                 result, _scores = run_task(model, tokenizer, documents, add_bos=True, batch_tokens=4096)
-                times["ours"].append(time.perf_counter() - start)
-                for batch in (1, 8):
-                    theirs = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)
-                    times[batch].append(theirs["seconds"])
-            ours, one, eight = (statistics.median(t) for t in times.values())
-            accuracies = f"{result['acc']:.4f} {theirs['acc']:.4f}"
-            print(f"| {name} | {len(docs)} | {ours:.1f} s | {one:.1f} s | {eight:.1f} s |", end="")
-            print(f" {min(one, eight) / ours:.2f} | {accuracies} |", flush=True)
+                ours.append(time.perf_counter() - start)
+                for batch, seconds in theirs.items():
+                    run = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)
+                    seconds.append(run["seconds"])
+            own, one, eight = map(statistics.median, (ours, *theirs.values()))
+            print(f"| {name} | {len(documents)} | {own:.1f} s | {one:.1f} s | {eight:.1f} s |", end="")
+            print(f" {min(one, eight) / own:.2f} | {result['acc']:.4f} {run['acc']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

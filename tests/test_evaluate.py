@@ -1,27 +1,47 @@
 """What evaluate.py promises: lm-eval's numbers from lm-eval's files, contexts shared, every edge case its way."""
 
+import contextlib
 import json
 import math
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from conftest import SHARED, needs_shared
 
 import evaluate
-from evaluate import Document, aggregates, encode_pair, judge, pack, read_task, rolling_windows, score
-from model import UserError, load, save
+from evaluate import (
+    Document,
+    aggregates,
+    branch_mask,
+    document_metrics,
+    encode_pair,
+    pack_document,
+    perplexity,
+    read_document,
+    read_task,
+    read_text,
+    rolling_windows,
+    run_task,
+    score,
+)
+from model import UserError, cli, load, save
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = SHARED / "lm_eval" / "samples"
 
 
 def record(i: int, context, choices, target="0", **more) -> dict:
+    """A sample as lm-eval writes it; context: one for all choices, or a list of one each."""
     contexts = context if isinstance(context, list) else [context] * len(choices)
     pairs = zip(contexts, choices, strict=True)
     arguments = {f"gen_args_{k}": {"arg_0": c, "arg_1": f" {t}"} for k, (c, t) in enumerate(pairs)}
@@ -33,20 +53,15 @@ def write(path: Path, records) -> Path:
     return path
 
 
-def made_up(n=12, seed=0):
+def made_up(n=12, seed=0) -> list[dict]:
+    """Samples of made-up words, all behind the same examples."""
     rng = random.Random(seed)
-    word = lambda: "".join(rng.choice("bdgkmnr") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))  # noqa: E731
-    text = lambda k: " ".join(word() for _ in range(k))  # noqa: E731
+    word = lambda: "".join(rng.choice("bdgkmnr") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    text = lambda k: " ".join(word() for _ in range(k))
     shots = text(20)
-    return [
-        record(
-            i,
-            f"{shots}\n\nQuestion: {text(rng.randint(2, 9))}\nAnswer:",
-            [text(rng.randint(1, 4)) for _ in range(4)],
-            str(rng.randrange(4)),
-        )
-        for i in range(n)
-    ]
+    question = lambda: f"{shots}\n\nQuestion: {text(rng.randint(2, 9))}\nAnswer:"
+    choices = lambda: [text(rng.randint(1, 4)) for _ in range(4)]
+    return [record(i, question(), choices(), str(rng.randrange(4))) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +78,63 @@ def reference(model, tokenizer, context, continuation, add_bos=False):
     return sum(logp[p - 1, whole[p]].item() for p in range(len(c), len(whole)))
 
 
-def run(random_checkpoint, out, *flags, processes=1):
-    line = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def command(checkpoint, out, *flags, processes=1) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    line = [sys.executable, *(torchrun if processes > 1 else []), ROOT / "evaluate.py"]
+    return [str(x) for x in [*line, "--ckpt", checkpoint, "--out", out, "--device", "cpu", *flags]]
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(checkpoint, out, *flags, processes=1) -> subprocess.CompletedProcess:
+    """The command itself."""
+    line = command(checkpoint, out, *flags, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=ENV)
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(checkpoint, out, *flags): the command without a process of its own."""
+
+    def main(checkpoint, out, *flags):
+        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags)[1:])
+        evaluate.main()
+
+    return main
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """refused(checkpoint, out, *flags): the line that the command ends in, having checked that it is one, and alone."""
+
+    def refused(checkpoint, out, *flags):
+        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags)[1:])
+        with pytest.raises(SystemExit) as e:
+            cli(evaluate.main)
+        said = capsys.readouterr()
+        assert e.value.code == 2 and said.out == "" and len(said.err.splitlines()) == 1, said
+        assert said.err.startswith("evaluate.py: error: ")
+        return said.err
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def no_bos(tmp_path_factory):
+    """A tokenizer without BOS."""
+    folder = tmp_path_factory.mktemp("no_bos")
+    (folder / "text.txt").write_text("bada kimu dogu ruku: the quick brown fox\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        bos_id=-1,
     )
-    line += [ROOT / "evaluate.py", "--ckpt", random_checkpoint, "--out", out, "--device", "cpu", *flags]
-    return subprocess.run(
-        [str(x) for x in line], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,17 +142,15 @@ def run(random_checkpoint, out, *flags, processes=1):
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    "run_name, add_bos", [("0shot", True), ("0shot_nobos", False), ("2shot", True), ("mmlu5", True)]
-)
-def test_log_likelihoods_accuracies_and_errors_are_lm_evals(run_name, add_bos):
+@pytest.mark.parametrize("run_name", ["0shot", "0shot_nobos", "2shot", "mmlu5"])
+def test_log_likelihoods_accuracies_and_errors_are_lm_evals(run_name):
     model, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
     theirs = json.loads((SAMPLES / f"hf_{run_name}__results.json").read_text())["results"]
     for path in SAMPLES.glob(f"hf_{run_name}__*.jsonl"):
         name, documents = read_task(path)
-        if evaluate.is_rolling(documents[0]):
+        if documents[0].rolling:
             continue
-        result, scores = evaluate.run_task(model, tokenizer, documents, add_bos)
+        result, scores = run_task(model, tokenizer, documents, add_bos=run_name != "0shot_nobos")
         for document, s in zip(documents, scores, strict=True):
             for (ll, greedy), (value, hit) in zip(s, document.record["filtered_resps"], strict=True):
                 assert ll == pytest.approx(float(value), abs=1e-3) and str(greedy) == hit
@@ -101,16 +161,14 @@ def test_log_likelihoods_accuracies_and_errors_are_lm_evals(run_name, add_bos):
 
 
 @needs_shared
-def test_lm_evals_word_perplexity():
+def test_rolling_scores_are_lm_evals():
     model, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
     _, documents = read_task(SAMPLES / "hf_0shot__wikitext_local.jsonl")
     # tokenizer.json drops the first space of a text that begins with one, sentencepiece does not: only the others
     documents = [d for d in documents if not d.pairs[0][0].startswith(" ")]
-    _, scores = evaluate.run_task(model, tokenizer, documents, add_bos=True)
-    assert documents and all(
-        s[0][0] == pytest.approx(float(d.record["filtered_resps"][0]), rel=1e-5)
-        for d, s in zip(documents, scores, strict=True)
-    )
+    _, scores = run_task(model, tokenizer, documents, add_bos=True)
+    ours = [s[0][0] for s in scores]
+    assert documents and ours == pytest.approx([float(d.record["filtered_resps"][0]) for d in documents], rel=1e-5)
 
 
 @needs_shared
@@ -123,18 +181,17 @@ def test_lm_evals_word_perplexity():
         ("mmlu5__mmlu_us_foreign_policy", 4.0),
     ],
 )
-def test_tokens_computed_against_lm_evals(file, at_least):
+def test_shared_contexts_save_the_stated_share_of_tokens(file, at_least):
     """lm-eval 0.4.13 runs each choice with its context, but one-token continuations of one context together."""
     _, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
     _, documents = read_task(SAMPLES / f"hf_{file}_local.jsonl")
     encoded = [[encode_pair(tokenizer, *pair, True, 2048) for pair in d.pairs] for d in documents]
-    theirs = sum(
-        len(x)
-        for choices in encoded
-        for x in {(tuple(x), tuple(t) if len(t) > 1 else ()): x for x, t in choices}.values()
-    )
+    theirs = 0
+    for choices in encoded:
+        runs = {(tuple(tokens), tuple(targets) if len(targets) > 1 else ()) for tokens, targets in choices}
+        theirs += sum(len(tokens) for tokens, _ in runs)
     skip = evaluate.shared_prefix(encoded)
-    ours = skip + sum(len(pack(choices, True, skip).tokens) for choices in encoded)
+    ours = skip + sum(len(pack_document(choices, True, skip).tokens) for choices in encoded)
     assert theirs / ours >= at_least
 
 
@@ -160,10 +217,17 @@ def test_sharing_computes_fewer_tokens(model, tokenizer, tmp_path):
     assert score(model, encoded, 300, True)[1] < 0.4 * score(model, encoded, 300, False)[1]
 
 
+def test_branches_see_the_trunk_and_themselves_as_drawn():
+    drawn = re.findall(r"^ +[tab]\d  ((?: +[x.]){8})$", branch_mask.__doc__, re.M)
+    expected = torch.tensor([[cell == "x" for cell in line.split()] for line in drawn])
+    mask = branch_mask(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), past=3)  # (1, 1, 8, 11)
+    assert mask[0, 0, :, :3].all() and torch.equal(mask[0, 0, :, 3:], expected)
+
+
 def test_contexts_that_differ_share_what_they_can(model, tokenizer):
     pairs = [("bada kimu, bada", " ruku"), ("bada kimu, dogi", " ruku")]  # as WinoGrande
     encoded = [encode_pair(tokenizer, *pair, False, 128) for pair in pairs]
-    row = pack(encoded, True)
+    row = pack_document(encoded, share=True)
     assert len(row.tokens) < sum(len(x) for x, _ in encoded)
     scores, _ = score(model, [encoded], 300, True)
     assert [s[0] for s in scores[0]] == pytest.approx([reference(model, tokenizer, *pair) for pair in pairs], abs=1e-4)
@@ -178,7 +242,7 @@ def test_contexts_that_differ_share_what_they_can(model, tokenizer):
         [("bada", "  kimu"), ("bada", " ä€")],
     ],
 )
-def test_edge_cases_of_encoding(model, tokenizer, pairs):
+def test_odd_contexts_score_as_one_forward_does(model, tokenizer, pairs):
     encoded = [encode_pair(tokenizer, *pair, False, 128) for pair in pairs]
     scores, _ = score(model, [encoded], 300, True)
     for (context, continuation), (ll, _), (x, targets) in zip(pairs, scores[0], encoded, strict=True):
@@ -209,7 +273,7 @@ def test_rolling_windows_predict_every_token_once():
 
 
 def document(choices, target, context="q", **more):
-    return evaluate.read_document(record(0, context, choices, target, **more), "here")
+    return read_document(record(0, context, choices, target, **more), "here")
 
 
 @pytest.mark.parametrize(
@@ -225,25 +289,32 @@ def document(choices, target, context="q", **more):
         (["a", "b"], 1, {1}),
     ],
 )
-def test_gold_answers(choices, target, gold):
+def test_gold_is_read_from_every_form_of_target(choices, target, gold):
     assert document(choices, target).gold == gold
 
 
 def test_winograndes_gold_is_its_answer():
     doc = record(0, ["x a", "x b"], ["tail", "tail"], "tail") | {"doc": {"answer": "2"}}
-    assert evaluate.read_document(doc, "here").gold == {1}
+    assert read_document(doc, "here").gold == {1}
 
 
 def test_ties_go_to_the_first_and_norm_counts_characters():
     d = document(["aa", "bbbb"], "0")
-    assert judge(d, [(-1.0, False), (-1.0, False)]) == {"acc": 1.0, "acc_norm": 0.0, "acc_bytes": 0.0}
+    assert document_metrics(d, [(-1.0, False), (-1.0, False)]) == {"acc": 1.0, "acc_norm": 0.0, "acc_bytes": 0.0}
     d = document(["äää", "bbbb"], "1")  # 3 characters, 6 bytes
-    assert judge(d, [(-3.0, False), (-3.9, False)]) == {"acc": 0.0, "acc_norm": 1.0, "acc_bytes": 0.0}
+    assert document_metrics(d, [(-3.0, False), (-3.9, False)]) == {"acc": 0.0, "acc_norm": 1.0, "acc_bytes": 0.0}
 
 
 def test_mutual_information_subtracts_the_unconditional():
-    d = Document({}, [("q", " a"), ("q", " b"), ("", " a"), ("", " b")], {1})
-    assert judge(d, [(-1.0, False), (-2.0, False), (-1.0, False), (-5.0, False)])["acc_mutual_info"] == 1.0
+    d = Document({"acc_mutual_info": 0.0}, [("q", " a"), ("q", " b"), ("", " a"), ("", " b")], {1})
+    scores = [(value, False) for value in (-1.0, -2.0, -1.0, -5.0)]
+    assert document_metrics(d, scores) == {"acc": 0.0, "acc_norm": 0.0, "acc_bytes": 0.0, "acc_mutual_info": 1.0}
+
+
+def test_a_task_without_contexts_keeps_all_its_choices():
+    d = document(["good", "bad"], "0", context="")  # as BLiMP
+    assert d.choices == ["good", "bad"]
+    assert document_metrics(d, [(-2.0, False), (-1.0, False)])["acc"] == 0.0
 
 
 def test_aggregates_are_lm_evals():
@@ -252,15 +323,26 @@ def test_aggregates_are_lm_evals():
         for i, (right, n) in enumerate([(3, 10), (5, 6)])
     }
     mmlu = aggregates(results)
-    assert mmlu["mmlu"]["acc"] == pytest.approx(8 / 16) and mmlu["mmlu, mean of subjects"]["acc"] == pytest.approx(
-        (0.3 + 5 / 6) / 2
-    )
+    assert mmlu["mmlu"]["acc"] == pytest.approx(8 / 16)
+    assert mmlu["mmlu, mean of subjects"]["acc"] == pytest.approx((0.3 + 5 / 6) / 2)
     se = [math.sqrt(p * (1 - p) / (n - 1)) for p, n in ((0.3, 10), (5 / 6, 6))]
     pooled = (9 * se[0] ** 2 * 10 + 5 * se[1] ** 2 * 6) / (16 - 2) / 16
     assert mmlu["mmlu"]["acc_stderr"] == pytest.approx(math.sqrt(pooled))
     seven = {task: {"acc": i / 10} for i, task in enumerate(evaluate.SEVEN)}
     assert aggregates(seven)["average of seven"]["acc"] == pytest.approx(0.3)
     assert "average of seven" not in aggregates({k: v for k, v in seven.items() if k != "rte"})
+
+
+def test_subjects_of_one_document_have_no_error():
+    results = {f"mmlu_{i}": evaluate.summarise([{"acc": 1.0}]) for i in range(2)}
+    assert aggregates(results)["mmlu"] == {"acc": 1.0, "acc_stderr": None, "n": 2}
+
+
+def test_a_word_perplexity_beyond_a_float_is_none():
+    d = read_document({"doc": {}, "arguments": [["badakimu" * 100]]}, "here")  # one word
+    result = evaluate.rolling_metrics([d], [-2000.0])
+    assert result["word_perplexity"] is None and result["byte_perplexity"] == pytest.approx(math.exp(2.5))
+    assert "too large" in evaluate.table({"pages": result}, {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +352,7 @@ def test_aggregates_are_lm_evals():
 def test_perplexity_is_wandas(model, tokenizer, tmp_path):
     text = "\n bada kimu \n \ndogu ruku bada kimu\n" * 30
     (tmp_path / "text.txt").write_text(text)
-    ours, n = evaluate.perplexity(model, evaluate.read_text(str(tmp_path / "text.txt"), tokenizer), 32, 100)
+    ours, n = perplexity(model, read_text(tmp_path / "text.txt", tokenizer), 32)
     # independently: rows as the data set has them, one string, one tokenisation, windows, cross-entropy
     rows = ["" if line.isspace() else line for line in text.splitlines(keepends=True)]
     tokens = torch.tensor([[1, *tokenizer.encode("\n\n".join(rows))]])
@@ -283,25 +365,29 @@ def test_perplexity_is_wandas(model, tokenizer, tmp_path):
     assert n == 32 * len(nlls)
 
 
+def test_a_perplexity_that_no_float_holds_is_refused(random_checkpoint):
+    model, _ = load(random_checkpoint)
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(UserError, match="nats a token"):
+        perplexity(model, torch.arange(64), 32)
+
+
+def test_the_first_window_that_is_not_finite_names_the_layer(random_checkpoint):
+    model, _ = load(random_checkpoint)
+    model.model.embed_tokens.weight.data[200] = math.inf
+    with pytest.raises(UserError, match="embed_tokens"):
+        perplexity(model, torch.arange(150, 214), 32)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the command
 
 
-def test_the_command_writes_what_design_says(random_checkpoint, tmp_path):
+def test_results_and_samples_have_their_documented_keys(random_checkpoint, tmp_path):
     tasks = write(tmp_path / "samples_made_up_2026-01-01T00-00-00.1.jsonl", made_up())
     (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
-    result = run(
-        random_checkpoint,
-        tmp_path / "r.json",
-        "--tasks",
-        tasks,
-        "--ppl",
-        tmp_path / "text.txt",
-        "--seqlen",
-        64,
-        "--log_samples",
-        tmp_path / "log",
-    )
+    flags = ("--tasks", tasks, "--ppl", tmp_path / "text.txt", "--seqlen", 64, "--log_samples", tmp_path / "log")
+    result = run(random_checkpoint, tmp_path / "r.json", *flags)
     assert result.returncode == 0, result.stderr
     out = json.loads((tmp_path / "r.json").read_text())
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n"} <= out["results"]["made_up"].keys()
@@ -313,41 +399,78 @@ def test_the_command_writes_what_design_says(random_checkpoint, tmp_path):
 
 def test_two_processes_give_identical_results(random_checkpoint, tmp_path):
     tasks = write(tmp_path / "samples_t.jsonl", made_up(20))
+    (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
     for processes in (1, 2):
-        flags = ("--tasks", tasks, "--batch_tokens", 200, "--log_samples", tmp_path / str(processes))
-        result = run(random_checkpoint, tmp_path / f"{processes}.json", *flags, processes=processes)
+        flags = ("--tasks", tasks, "--batch_tokens", 200, "--ppl", tmp_path / "text.txt", "--seqlen", 64)
+        log = ("--log_samples", tmp_path / str(processes))
+        result = run(random_checkpoint, tmp_path / f"{processes}.json", *flags, *log, processes=processes)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
     assert (tmp_path / "1" / "samples_t.jsonl").read_text() == (tmp_path / "2" / "samples_t.jsonl").read_text()
 
 
-def test_an_interrupted_run_keeps_its_finished_tasks(random_checkpoint, tmp_path, monkeypatch):
-    first, second = (write(tmp_path / f"samples_{x}.jsonl", made_up(seed=i)) for i, x in enumerate("ab"))
-    line = [
-        "evaluate.py",
-        "--ckpt",
-        str(random_checkpoint),
-        "--tasks",
-        str(first),
-        str(second),
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    monkeypatch.setattr(sys, "argv", [*line, "--device", "cpu"])
-    calls, run_task = [], evaluate.run_task
+@pytest.fixture
+def interrupted(random_checkpoint, tmp_path, monkeypatch, main):
+    """Tasks a and b, interrupted in b: (the command's flags, the names of the tasks that were run, in order)."""
+    files = [write(tmp_path / f"samples_{name}.jsonl", made_up(seed=i)) for i, name in enumerate("ab")]
+    calls = []
 
-    def interrupted(*args):
+    def run_task_or_stop(*args):
         calls.append(args[-1])
         if calls == ["a", "b"]:
             raise KeyboardInterrupt
         return run_task(*args)
 
-    monkeypatch.setattr(evaluate, "run_task", interrupted)
+    monkeypatch.setattr(evaluate, "run_task", run_task_or_stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main()
-    evaluate.main()
+        main(random_checkpoint, tmp_path / "r.json", "--tasks", *files)
+    return ("--tasks", *files), calls
+
+
+def test_an_interrupted_run_keeps_its_finished_tasks(random_checkpoint, tmp_path, main, interrupted):
+    flags, calls = interrupted
+    main(random_checkpoint, tmp_path / "r.json", *flags)
     assert calls == ["a", "b", "b"]
-    assert json.loads((tmp_path / "r.json").read_text())["results"].keys() == {"a", "b"}
+    main(random_checkpoint, tmp_path / "at_once.json", *flags)
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
+
+
+@pytest.mark.parametrize("more", [("--add_bos",), ("--dtype", "bfloat16"), ("--no_sharing",), ("--log_samples", "log")])
+def test_finished_tasks_are_not_kept_for_other_settings(
+    random_checkpoint, tmp_path, main, interrupted, monkeypatch, more
+):
+    monkeypatch.chdir(tmp_path)
+    flags, calls = interrupted
+    main(random_checkpoint, tmp_path / "r.json", *flags, *more)
+    assert calls == ["a", "b", "a", "b"]
+
+
+def test_finished_tasks_are_not_kept_for_other_documents(random_checkpoint, tmp_path, main, interrupted):
+    flags, calls = interrupted
+    write(tmp_path / "samples_a.jsonl", [r | {"target": "1"} for r in made_up(seed=0)])
+    main(random_checkpoint, tmp_path / "r.json", *flags)
+    assert calls == ["a", "b", "a", "b"]
+
+
+def test_a_killed_command_goes_on_when_it_is_given_again(random_checkpoint, tmp_path):
+    files = [write(tmp_path / f"samples_{name}.jsonl", made_up(40, i)) for i, name in enumerate("ab")]
+    (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 1000)
+    flags = ("--tasks", *files, "--batch_tokens", 100, "--ppl", tmp_path / "text.txt", "--seqlen", 32)
+    process = subprocess.Popen(command(random_checkpoint, tmp_path / "r.json", *flags), env=ENV)
+    while process.poll() is None and not (tmp_path / "r.json.partial").exists():
+        with contextlib.suppress(subprocess.TimeoutExpired):  # until the first task is kept
+            process.wait(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL and not (tmp_path / "r.json").exists()
+    for out in ("r.json", "at_once.json"):
+        result = run(random_checkpoint, tmp_path / out, *flags)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
+    assert not (tmp_path / "r.json.partial").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files of lm-eval, whole and broken
 
 
 def test_old_array_files_are_read(tmp_path):
@@ -357,38 +480,74 @@ def test_old_array_files_are_read(tmp_path):
     assert name == "old" and documents[0].gold == {1} and documents[0].choices == ["a", "b"]
 
 
+def test_logged_samples_hold_what_the_document_held(tmp_path):
+    d = document(["a", "b"], "0", doc={"note": "half of a pair: \ud83d, and ä"})
+    evaluate.log_samples(tmp_path / "samples_x.jsonl", [d], [[(-1.0, True), (-2.0, False)]])
+    _, [again] = read_task(tmp_path / "samples_x.jsonl")
+    assert again.record["doc"] == d.record["doc"] and again.pairs == d.pairs and again.record["acc"] == 1.0
+    assert again.record["filtered_resps"] == [["-1.0", "True"], ["-2.0", "False"]]
+
+
+def test_a_document_logged_for_two_filters_counts_once(tmp_path):
+    records = [record(0, "q", ["a", "b"], filter=name) for name in ("none", "strict")]
+    _, documents = read_task(write(tmp_path / "samples_x.jsonl", records))
+    assert len(documents) == 1
+
+
+AB = record(0, "q", ["a", "b"])
+
+
+def with_arguments(arguments, **more) -> dict:
+    return AB | {"arguments": arguments} | more
+
+
 @pytest.mark.parametrize(
     "records, words",
     [
-        (
-            [record(0, "q", ["a", "b"]) | {"arguments": {"gen_args_0": {"arg_0": "q", "arg_1": {"until": ["\n"]}}}}],
-            "generative",
-        ),
-        ([record(0, "q", ["a", "b"]), record(1, "q", ["a", "b"]) | {"doc": {"other": 1}}], "line 2 is of another task"),
+        ([with_arguments({"gen_args_0": {"arg_0": "q", "arg_1": {"until": ["\n"]}}})], "generative"),
+        ([with_arguments({f"gen_args_{i}": {"arg_0": "q", "arg_1": "a"} for i in (0, 2)})], "gen_args_1 is missing"),
+        ([with_arguments([["q", "a"], ["q", "b"], ["", "a"]], acc_mutual_info=0.0)], "odd number"),
+        ([with_arguments(5)], "not lm-eval's"),
+        ([with_arguments([[], "q"])], "not lm-eval's"),
+        ([with_arguments([["q", "a"], ["q"]])], "not a text"),
+        ([with_arguments([["q", "a"], ["q", 7]])], "not a text"),
+        ([with_arguments([["q", "a"], ["q", "\ud800"]])], "not a text"),
+        ([with_arguments([["text"]], doc={"page": 7})], "`page`"),
+        ([with_arguments([[""]])], "holds no text"),
+        ([AB, record(1, "q", ["a", "b"], doc={"other": 1})], "line 2 is of another task"),
+        ([AB, with_arguments([["text"]], doc_id=1)], "line 2 is of another task"),
         ([record(0, "q", ["a"])], "1 choices"),
         ([record(0, "q", ["a", "b"], doc={"choices": ["a", "b", "c"]})], "a choice was lost"),
-        (
-            [
-                record(0, "q", ["a", "b"])
-                | {
-                    "arguments": {
-                        "gen_args_0": {"arg_0": "q", "arg_1": "a"},
-                        "gen_args_2": {"arg_0": "q", "arg_1": "b"},
-                    }
-                }
-            ],
-            "gen_args_1 is missing",
-        ),
+        ([record(0, "q", ["a", "b"], doc={"choices": {"text": ["a", "b", "c"]}})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], None)], "no gold"),
+        ([record(0, "q", ["a", "b"], "[1,")], "not a list"),
+        ([record(0, "q", ["a", "b"], "[" * 10**5)], "not a list"),
         ([record(0, ["q a", "q b"], ["t", "t"], "t")], "`answer`"),
-        ([{"doc": {}}], "not a sample"),
-        ([[1]], "not a sample"),
+        ([{"doc": {}}], "line 1 is not a sample"),
+        ([AB | {"doc": 5}], "line 1 is not a sample"),
+        ([AB, 7], "line 2 is not a sample"),
+        ([[1]], "sample 1 is not a sample"),
         ([], "no sample"),
     ],
 )
 def test_a_wrong_samples_file_is_one_line(tmp_path, records, words):
     with pytest.raises(UserError, match=words):
         read_task(write(tmp_path / "samples_x.jsonl", records))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b'\n{"doc"', "line 2 is not JSON"),
+        (b"[" * 10**6, "is not JSON"),
+        (b'[{"doc": {}},', "is not JSON"),
+    ],
+)
+def test_a_file_that_is_not_json_is_one_line(tmp_path, content, words):
+    (tmp_path / "samples_x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_task(tmp_path / "samples_x.jsonl")
 
 
 def test_a_file_cut_in_mid_line_is_refused(random_checkpoint, tmp_path):
@@ -399,28 +558,119 @@ def test_a_file_cut_in_mid_line_is_refused(random_checkpoint, tmp_path):
     assert not (tmp_path / "r.json").exists()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# what else can go wrong
+
+
+@pytest.fixture
+def folder(random_checkpoint, tmp_path, monkeypatch):
+    """The current directory, with inputs of every kind."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "samples_t.jsonl", made_up())
+    (tmp_path / "samples_t.json").write_text(json.dumps(made_up()))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blob.txt").write_bytes(b"\xff\xfe")
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "text.txt").write_text("bada kimu dogu\n" * 100)
+    save(load(random_checkpoint)[0], tmp_path / "no_tokenizer.pt")
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ((), "nothing to do"),
-        (("--tasks", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("--ppl", "nowhere.txt"), "nowhere.txt"),
-        (("--ppl", __file__, "--seqlen", 10**6), "fewer than one window"),
-        (("--ppl", __file__, "--semi_structured"), "needs an NVIDIA GPU"),
-        (("--ppl", __file__, "--ckpt", "nowhere.pt"), "nowhere.pt"),
-        (("--ppl", __file__, "--out", "results.txt"), "must end in .json"),
+        ("", "nothing to do"),
+        ("--tasks", "--tasks"),
+        ("--tasks nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+        ("--tasks a", "a: cannot be read: Is a directory"),
+        ("--tasks samples_t.jsonl samples_t.json", "another file is of task t too"),
+        ("--ppl nowhere.txt", "nowhere.txt: cannot be read"),
+        ("--ppl a", "a: cannot be read: Is a directory"),
+        ("--ppl blob.txt", "blob.txt: is not UTF-8"),
+        ("--ppl empty.txt", "1 tokens, fewer than one window"),
+        ("--ppl a/text.txt b/text.txt", "another file is named text too"),
+        ("--ppl a/text.txt --seqlen 1000000", "fewer than one window; --seqlen is 1000000"),
+        ("--ppl a/text.txt --seqlen 1", "--seqlen 1: expected 2 or more"),
+        ("--ppl a/text.txt --seqlen ten", "--seqlen"),
+        ("--tasks samples_t.jsonl --batch_tokens 0", "--batch_tokens 0: expected 1 or more"),
+        ("--ppl a/text.txt --semi_structured", "needs an NVIDIA GPU"),
+        ("--ppl a/text.txt --device cuda", "sees no GPU"),
+        ("--ppl a/text.txt --dtype int8", "--dtype"),
+        ("--ppl a/text.txt --ckpt nowhere.pt", "nowhere.pt"),
+        ("--ppl a/text.txt --ckpt no_tokenizer.pt", "no_tokenizer.pt: has no tokenizer"),
+        ("--ppl a/text.txt --out results.txt", "must end in .json"),
+        ("--ppl a/text.txt --out blob.txt/r.json", "--out blob.txt/r.json: cannot be written"),
+        ("--tasks samples_t.jsonl --log_samples blob.txt", "--log_samples blob.txt/samples.json: cannot be written"),
+        ("--tasks samples_t.json --out samples_t.json", "would be overwritten"),
+        ("--tasks samples_t.jsonl --log_samples .", "would be overwritten"),
     ],
 )
-def test_a_wrong_flag_is_one_line(random_checkpoint, tmp_path, flags, words):
-    result = run(random_checkpoint, tmp_path / "r.json", *flags)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
-    assert not (tmp_path / "r.json").exists()
+def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = (folder / "samples_t.json").read_bytes()
+    assert words in refused(random_checkpoint, "r.json", *flags.split())
+    assert not (folder / "r.json").exists() and (folder / "samples_t.json").read_bytes() == before
 
 
-def test_nan_names_the_layer(tokenizer, random_checkpoint, tmp_path):
+def test_a_broken_partial_file_is_one_line(random_checkpoint, folder, refused):
+    (folder / "r.json.partial").write_text("{")
+    assert "r.json.partial: is not JSON" in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+
+
+def test_bos_is_missed_only_where_it_is_needed(random_checkpoint, folder, main, refused, no_bos):
+    save(load(random_checkpoint)[0], folder / "no_bos.pt", no_bos)
+    for flags in ("--tasks samples_t.jsonl --add_bos", "--ppl a/text.txt --seqlen 32"):
+        assert "the tokenizer has no BOS" in refused("no_bos.pt", "r.json", *flags.split())
+    main("no_bos.pt", "r.json", "--tasks", "samples_t.jsonl")
+    assert (folder / "r.json").exists()
+
+
+def test_a_choice_without_tokens_is_refused(tokenizer):
+    with pytest.raises(UserError, match="has no tokens"):
+        encode_pair(tokenizer, "bada", "", False, 128)
+
+
+def test_nan_names_the_layer(tokenizer, random_checkpoint, folder, refused):
     model, _ = load(random_checkpoint)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    save(model, folder / "nan.pt", tokenizer)
+    assert "the output of layers.1 has NaN" in refused("nan.pt", "r.json", "--tasks", "samples_t.jsonl")
+
+
+def test_nan_that_only_the_second_process_meets_is_reported(tokenizer, random_checkpoint, tmp_path):
+    pairs = [("bada kimu dogu ruku bada", ["kimu", "dogu"]), ("Ä?", ["ruku", "kimu"])]  # the longer is rank 0's
+    path = write(tmp_path / "samples_x.jsonl", [record(i, *pair) for i, pair in enumerate(pairs)])
+    own = set(tokenizer.encode("Ä?")) - set(tokenizer.encode("bada kimu dogu ruku bada kimu dogu"))
+    model, _ = load(random_checkpoint)
+    model.model.embed_tokens.weight.data[list(own)] = float("nan")
     save(model, tmp_path / "nan.pt", tokenizer)
-    path = write(tmp_path / "samples_x.jsonl", made_up())
-    result = run(tmp_path / "nan.pt", tmp_path / "r.json", "--tasks", path)
-    assert result.returncode == 2 and "layers.1" in result.stderr
+    result = run(tmp_path / "nan.pt", tmp_path / "r.json", "--tasks", path, "--batch_tokens", 1, processes=2)
+    assert "evaluate.py: error: a log-likelihood is not finite: embed_tokens has NaN" in result.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="more processes than the 1 GPUs"):
+        evaluate.join_processes("cuda")
+
+
+@pytest.mark.parametrize(
+    "dtype, pruned, words",
+    [
+        (torch.float32, False, "float16 or bfloat16"),
+        (torch.bfloat16, False, "q_proj is not 2:4"),
+        (torch.bfloat16, True, "q_proj: .*not supported"),  # torch's reason: here that the weights are on the CPU
+    ],
+)
+def test_what_cannot_be_semi_structured_is_one_line(random_checkpoint, monkeypatch, dtype, pruned, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    model, _ = load(random_checkpoint, dtype)
+    for p in model.model.layers.parameters():
+        if pruned and p.dim() == 2:
+            p.data.view(-1, 4)[:, 2:] = 0
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    with pytest.raises(UserError, match=words):
+        evaluate.to_semi_structured(SimpleNamespace(model=model.model, lm_head=SimpleNamespace(weight=on_gpu)))
