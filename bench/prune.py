@@ -62,7 +62,7 @@ def straight_sparsegpt(block: Block, x, tables, batch: int) -> None:
                 W[:, j] *= keep[:, j % 4]
             W[:, end:] -= torch.stack(errors, 1) @ U[start:end, end:]
         m.weight.copy_(W)
-    prune.forward(block, x, tables, batch)
+    prune.run_block(block, x, tables, batch)
 
 
 def memory(n_blocks: int, method: str) -> None:
@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="+", metavar="BLOCKS", help="peak memory in place of time")
-    parser.add_argument("--method", default="wanda", choices=("magnitude", "wanda", "sparsegpt"), help="of --memory")
+    parser.add_argument("--method", default="wanda", choices=prune.METHODS, help="of --memory")
     args = parser.parse_args()
     if args.memory:
         print("| method | blocks | peak resident memory | one block | time | zeros |\n|---|---|---|---|---|---|")
@@ -153,7 +153,7 @@ def main():
         with torch.no_grad():
             for part in x.split(batch):
                 own(part, *tables)
-            prune.forward(own, x, tables, batch)
+            prune.run_block(own, x, tables, batch)
 
     def method(*settings):
         return lambda own, x: prune.prune_block(own, 0, x, prune.Settings(*settings), tables, batch)
