@@ -12,8 +12,9 @@ first pass early, and turns a slab over so that a column lies in one piece.
 
 import argparse
 import copy
+import dataclasses
+import functools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune  # noqa: E402
-from model import PRESETS, Block, Checkpoint, LlamaConfig, rope_tables, write_hf_extras  # noqa: E402
+from model import PRESETS, Block, Checkpoint, Llama, LlamaConfig, rope_tables, write_checkpoint  # noqa: E402
 
 
 @torch.no_grad()
@@ -62,57 +63,36 @@ def straight_sparsegpt(block: Block, x, tables, batch: int) -> None:
                 W[:, j] *= keep[:, j % 4]
             W[:, end:] -= torch.stack(errors, 1) @ U[start:end, end:]
         m.weight.copy_(W)
-    prune.forward(block, x, tables, batch)
+    prune.run_block(block, x, tables, batch)
+
+
+def noise(config: LlamaConfig) -> Checkpoint:
+    """A LLaMA of random bfloat16 weights, each made when it is asked for."""
+    with torch.device("meta"):
+        like = {name: w.bfloat16() for name, w in Llama(config).state_dict().items()}
+    get = lambda w: torch.randn(w.shape, dtype=torch.bfloat16).mul_(0.02)
+    return Checkpoint(None, config, {name: (w, functools.partial(get, w)) for name, w in like.items()})
 
 
 def memory(n_blocks: int, method: str) -> None:
     """Peak resident memory of prune.py on n blocks of LLaMA-2 70B's shapes (random bfloat16), 4 x 128 tokens."""
-    config = LlamaConfig(**{**vars(PRESETS["llama-2-70b"]), "n_layers": n_blocks, "vocab_size": 1000})
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as folder:
-        folder, weight_map = Path(folder), {}
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Block(config).named_parameters()}
-        noise = (torch.randn(max(math.prod(s) for s in shapes.values())) * 0.02).bfloat16()
-        ends = {"model.embed_tokens.weight": (1000, 8192), "model.norm.weight": (8192,), "lm_head.weight": (1000, 8192)}
-        files = [(f"model-{i}", {f"model.layers.{i}.{name}": s for name, s in shapes.items()}) for i in range(n_blocks)]
-        (folder / "dense").mkdir()
-        files.append(("model-ends", ends))
-        for file, part in files:
-            tensors = {name: noise[: math.prod(s)].view(s) for name, s in part.items()}
-            prune.write_safetensors(folder / "dense" / f"{file}.safetensors", tensors)
-            weight_map |= dict.fromkeys(part, f"{file}.safetensors")
-        like = {
-            name: (torch.empty(s, device="meta", dtype=torch.bfloat16), None)
-            for _, part in files
-            for name, s in part.items()
-        }
-        write_hf_extras(folder / "dense", Checkpoint(None, config, like), weight_map, torch.bfloat16)
+    config = dataclasses.replace(PRESETS["llama-2-70b"], n_layers=n_blocks, vocab_size=1000)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_checkpoint(noise(config), folder / "dense")
         np.save(folder / "calib.npy", np.random.default_rng(0).integers(0, 1000, (4, 128), dtype=np.int32))
-        del noise, tensors
-        command = [
-            sys.executable,
-            Path(prune.__file__),
-            "--ckpt",
-            folder / "dense",
-            "--method",
-            method,
-            "--device",
-            "cpu",
-        ]
-        command += ["--calib", folder / "calib.npy", "--out", folder / "pruned"]
+        command = [sys.executable, prune.__file__, "--ckpt", folder / "dense", "--calib", folder / "calib.npy"]
+        command += ["--method", method, "--device", "cpu", "--out", folder / "pruned"]
         start = time.perf_counter()
         child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)
         assert status == 0, "prune.py failed"
         seconds = time.perf_counter() - start
-        report = json.loads((folder / "pruned" / "prune.json").read_text())
-        zeros = report["kinds"]["down_proj"]["sparsity"]
-    block = 2 * sum(math.prod(s) for s in shapes.values())
-    print(
-        f"| {method} | {n_blocks} | {usage.ru_maxrss * 1024 / 1e9:.2f} GB | {block / 1e9:.2f} GB | {seconds:.0f} s |",
-        end="",
-    )
-    print(f" {100 * zeros:.0f}% |", flush=True)
+        zeros = json.loads((folder / "pruned" / "prune.json").read_text())["kinds"]["down_proj"]["sparsity"]
+    with torch.device("meta"):
+        block = 2 * sum(w.numel() for w in Block(config).parameters())  # bytes
+    sizes = f"{usage.ru_maxrss * 1024 / 1e9:.2f} GB | {block / 1e9:.2f} GB"
+    print(f"| {method} | {n_blocks} | {sizes} | {seconds:.0f} s | {100 * zeros:.0f}% |", flush=True)
 
 
 def main():
@@ -121,7 +101,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="+", metavar="BLOCKS", help="peak memory in place of time")
-    parser.add_argument("--method", default="wanda", choices=("magnitude", "wanda", "sparsegpt"), help="of --memory")
+    parser.add_argument("--method", default="wanda", choices=prune.METHODS, help="of --memory")
     args = parser.parse_args()
     if args.memory:
         print("| method | blocks | peak resident memory | one block | time | zeros |\n|---|---|---|---|---|---|")
@@ -153,7 +133,7 @@ def main():
         with torch.no_grad():
             for part in x.split(batch):
                 own(part, *tables)
-            prune.forward(own, x, tables, batch)
+            prune.run_block(own, x, tables, batch)
 
     def method(*settings):
         return lambda own, x: prune.prune_block(own, 0, x, prune.Settings(*settings), tables, batch)
@@ -174,9 +154,8 @@ def main():
             times[case].append(timed(function))
     median = {case: statistics.median(t) for case, t in times.items()}
     name = torch.cuda.get_device_name() if cuda else "CPU, one thread"
-    print(
-        f"{name}, torch {torch.__version__}, {args.dtype}, {n} x {T} tokens, medians of {args.repeats} paired repeats\n"
-    )
+    about = f"{name}, torch {torch.__version__}, {args.dtype}, {n} x {T} tokens"
+    print(f"{about}, medians of {args.repeats} paired repeats\n")
     print("| method | seconds a block | 32 blocks | / two forward passes |\n|---|---|---|---|")
     for case, t in median.items():
         print(f"| {case} | {t:.2f} | {32 * t:.0f} | {t / median['two forward passes']:.2f} |")
