@@ -55,9 +55,9 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,11 +69,14 @@ from model import (
     Llama,
     Parser,
     UserError,
+    add_device,
     atomic,
+    check_device,
     check_out,
     cli,
     load,
     load_tokenizer,
+    number,
     open_checkpoint,
     read_json,
     rope_tables,
@@ -197,7 +200,7 @@ def read_document(record: dict, where: str) -> Document:
     return document
 
 
-def read_pairs(arguments, where: str) -> list[tuple[str, str | None]]:
+def read_pairs(arguments: Any, where: str) -> list[tuple[str, str | None]]:
     """(context, continuation) of each choice, from [[context, continuation], ...] or, since 0.4.3, from
     {"gen_args_0": {"arg_0": context, "arg_1": continuation}, "gen_args_1": ...}; of a rolling task one (text, None)."""
     if isinstance(arguments, dict):
@@ -220,7 +223,7 @@ def read_pairs(arguments, where: str) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def is_text(x) -> bool:
+def is_text(x: Any) -> bool:
     """Whether x is a string of Unicode; JSON's may hold half of a surrogate pair, which no tokenizer takes."""
     return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
 
@@ -241,7 +244,7 @@ def read_gold(document: Document, where: str) -> set[int]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
             raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
 
-    def index(x) -> int:
+    def index(x: Any) -> int:
         if isinstance(x, str) and x in choices:  # "2" may be a choice's text
             return choices.index(x)
         return int(x) if re.fullmatch(r"-?\d{1,9}", str(x)) else -100  # a text that is no choice: never right
@@ -706,7 +709,7 @@ def samples_file(folder: str, name: str) -> Path:
     return Path(folder) / f"samples_{name}.jsonl"
 
 
-def digest(*parts) -> str:
+def digest(*parts: Any) -> str:
     """A hash of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -761,28 +764,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that does not fill a window dropped, each window alone, its first token not predicted.",
     )
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--ckpt", required=True, help="the model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--tasks", nargs="+", default=[], metavar="FILE", help="samples files of lm-eval")
     add("--ppl", nargs="+", default=[], metavar="FILE", help="plain texts")
-    add("--seqlen", type=int, help="tokens in a window of --ppl (default: the model's max_seq_len)")
+    add("--seqlen", type=number(int, 2), help="tokens in a window of --ppl (default: the model's max_seq_len)")
     add("--add_bos", action="store_true", help="put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)")
     add("--log_samples", metavar="DIR", help="write every choice's log-likelihood there, in lm-eval's shape")
-    add("--batch_tokens", type=int, default=8192, help="padded tokens in a batch of --tasks (default: 8192)")
+    add("--batch_tokens", type=number(int, 1), default=8192, help="padded tokens in a batch of --tasks")
     add("--no_sharing", action="store_true", help="run every choice with its own context, as lm-eval does")
     add("--semi_structured", action="store_true", help="run 2:4 linears on the GPU's sparse matrix units")
-    add("--device", default=device, choices=("cpu", "cuda"), help=f"where to run (default here: {device})")
+    add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")
     add("--out", required=True, help="the results, JSON; OUT.partial holds finished tasks until all are")
     args = parser.parse_args(argv)
     if not args.tasks and not args.ppl:
         raise UserError("nothing to do: give --tasks or --ppl")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
-    if args.batch_tokens < 1:
-        raise UserError(f"--batch_tokens {args.batch_tokens}: expected 1 or more")
-    if args.seqlen is not None and args.seqlen < 2:
-        raise UserError(f"--seqlen {args.seqlen}: expected 2 or more")
+    check_device(args.device)
     return args
 
 
@@ -851,7 +848,7 @@ def measure(
     return results | aggregates(results), ppl
 
 
-def main():
+def main() -> None:
     # --- what the command names, checked before any weight is read
     args = parse_args()
     tasks = read_tasks(args.tasks)
@@ -886,11 +883,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        cli(main)
-    except RuntimeError as e:  # whichever process it is: under torchrun the others are stopped
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        what, wish = str(e).splitlines()[0][:100], "a smaller --batch_tokens (--tasks), --seqlen (--ppl) or --dtype"
-        print(f"evaluate.py: error: out of memory ({what}); what helps: {wish}", file=sys.stderr)
-        os._exit(2)  # a GPU's collectives that are under way would hold up a tidy exit
+    cli(main, "a smaller --batch_tokens (for --tasks) or --seqlen (for --ppl), or --dtype bfloat16")

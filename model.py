@@ -320,19 +320,31 @@ class UserError(Exception):
     """Something the user can put right. `cli` prints it as one line and exits with status 2."""
 
 
-def cli(main: Callable[[], None]) -> None:
-    """Runs a file's main function; a UserError becomes one line on stderr and exit status 2."""
+def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
+    """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
+    memory, where `out_of_memory` says what helps."""
+    name = Path(sys.argv[0]).name
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
+            print(f"{name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
             time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does; Python must not flush the rest either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        what = str(e).splitlines()[0][:100]
+        print(f"{name}: error: out of memory ({what}); what helps: {out_of_memory}", file=sys.stderr)
+        os._exit(2)  # whichever process it is; a GPU's collectives that are under way would hold up a tidy exit
 
 
 class Parser(argparse.ArgumentParser):
@@ -361,6 +373,18 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
 
     parse.__name__ = kind.__name__  # which argparse names where `kind` refuses the text
     return parse
+
+
+def add_device(parser: Parser) -> None:
+    """The flag --device; `check_device` is for after parsing."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help="where to run")
+
+
+def check_device(device: str) -> None:
+    """Refuses "cuda" where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
 
 
 @contextlib.contextmanager
@@ -1130,7 +1154,7 @@ def main() -> None:
     add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt")
     add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time")
     add("--top_p", type=number(float, 0, high=1), default=1.0, help="draw among the likeliest tokens of this total")
-    add("--seed", type=int, default=0, help="of drawing")
+    add("--seed", type=number(int, 0), default=0, help="of drawing")
     args = parser.parse_args()
     if not (args.out or args.info or args.prompt is not None):
         raise UserError("nothing to do: give --out, --info or --prompt")

@@ -55,9 +55,12 @@ from model import (
     LlamaConfig,
     Parser,
     UserError,
+    add_device,
     atomic,
+    check_device,
     check_out,
     cli,
+    number,
     open_checkpoint,
     open_hf,
     read_json,
@@ -107,7 +110,7 @@ class Settings:
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
 
@@ -131,7 +134,7 @@ class Statistics:
 @torch.no_grad()
 def prune_model(
     model: Llama,
-    calib,
+    calib: np.ndarray | Tensor,
     method: str = "wanda",
     sparsity: str | float | Callable[[str], Sparsity] = "0.5",
     dsnot_cycles: int = 0,
@@ -184,7 +187,8 @@ def prune_block(
             s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", say)
             s.hessian = None
         for name in names:
-            linear, full_name = block.get_submodule(name), f"layers.{i}.{name}"
+            linear = block.get_submodule(name)
+            full_name = f"layers.{i}.{name}"
             sparsity = settings.sparsity(full_name) if callable(settings.sparsity) else settings.sparsity
             if isinstance(sparsity, tuple) and linear.in_features % sparsity[1]:
                 raise UserError(f"{full_name}: {linear.in_features} columns are no multiple of M = {sparsity[1]}")
@@ -450,7 +454,9 @@ def read_calib(path: str | Path) -> np.ndarray:
         raise UserError(f"--calib {path}: is not a .npy file, or is damaged") from None
 
 
-def check_calib(calib, vocab_size: int, nsamples: int | None = None, name: str = "calib") -> Tensor:
+def check_calib(
+    calib: np.ndarray | Tensor, vocab_size: int, nsamples: int | None = None, name: str = "calib"
+) -> Tensor:
     """Calibration tokens, (sequences, seqlen) int64, from an array of token ids, of which every one is checked.
 
     nsamples: how many of its sequences to take, by default all. UserError, which begins with `name`, where there are
@@ -459,8 +465,6 @@ def check_calib(calib, vocab_size: int, nsamples: int | None = None, name: str =
     calib = np.asarray(calib)
     if calib.ndim != 2 or calib.dtype.kind not in "iu" or not calib.size:
         raise UserError(f"{name}: holds {calib.dtype} of shape {calib.shape}, expected token ids (nsamples, seqlen)")
-    if nsamples is not None and nsamples < 1:
-        raise UserError(f"--nsamples {nsamples}: expected 1 or more")
     if nsamples and len(calib) < nsamples:
         raise UserError(f"{name}: holds {len(calib)} sequences, --nsamples asks for {nsamples}")
     calib = calib[:nsamples].astype(np.int64)
@@ -502,7 +506,8 @@ def prune_checkpoint(
     this run. dtype: of the calculation and the result. Returns a report of each linear, as `prune_model` does.
     UserError as there, and where OUT.partial is another command's or cannot be written.
     """
-    work, n_layers = Path(f"{out}.partial"), ckpt.config.n_layers
+    work = Path(f"{out}.partial")
+    n_layers = ckpt.config.n_layers
     calib = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     job = {"base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype), "calib_sha256": calib}
     claim(work, {**entry, **job})
@@ -566,7 +571,8 @@ def shard_file(work: Path, i: int, n_layers: int) -> Path:
 
 def finish(work: Path, out: Path, ckpt: Checkpoint, entry: dict, report: list[dict], dtype: torch.dtype) -> None:
     """All blocks are pruned: adds what else a checkpoint holds, and turns OUT.partial into `out`."""
-    n_layers, in_block = ckpt.config.n_layers, lambda name: name.startswith("model.layers.")
+    n_layers = ckpt.config.n_layers
+    in_block = lambda name: name.startswith("model.layers.")
     with atomic(shard_file(work, n_layers, n_layers)) as tmp:
         write_safetensors(tmp, ckpt, {name: w.to(dtype) for name, w in ckpt.like.items() if not in_block(name)})
     shard = {name: int(name.split(".")[2]) if in_block(name) else n_layers for name in ckpt}
@@ -588,6 +594,7 @@ def finish(work: Path, out: Path, ckpt: Checkpoint, entry: dict, report: list[di
 
 
 def report_file(out: Path) -> Path:
+    """Where the report goes: beside a .pt, inside of a directory."""
     return out.with_suffix(".json") if out.suffix == ".pt" else out / "prune.json"
 
 
@@ -606,36 +613,33 @@ def summary(report: list[dict]) -> dict[str, dict]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Prune a LLaMA without training it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    parser = Parser(description="Prune a LLaMA without training it.")
+    add = parser.add_argument
     add("--ckpt", required=True, help="the dense model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--method", default="wanda", choices=METHODS, help="how weights are scored")
     add("--sparsity", default="2:4", help="share of zeros, or N:M: N kept of every M along the input")
     add("--calib", required=True, help=".npy that data/c4/prepare.py wrote")
-    add("--nsamples", type=int, help="use that many of its sequences (default: all)")
+    add("--nsamples", type=number(int, 1), help="use that many of its sequences (default: all)")
     add("--dsnot", action="store_true", help="afterwards swap entries of the mask (DSnoT, the paper's DST)")
-    add("--dsnot_cycles", type=int, default=50, help="swaps a row may make")
-    add("--dsnot_threshold", type=float, default=0.1, help="output error below which a row is left alone")
-    add("--device", default=device, choices=("cpu", "cuda"), help="where to run")
+    add("--dsnot_cycles", type=number(int, 1), default=50, help="swaps a row may make")
+    add("--dsnot_threshold", type=number(float, 0), default=0.1, help="output error below which a row is left alone")
+    add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the result (default: the checkpoint's)")
     add("--out", required=True, help="a new directory in Hugging Face's layout, or a .pt file")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+    check_device(args.device)
     if not args.dsnot and (args.dsnot_cycles, args.dsnot_threshold) != (50, 0.1):
         raise UserError("--dsnot_cycles and --dsnot_threshold are settings of --dsnot, which is not given")
-    if args.dsnot_cycles < 1 or not args.dsnot_threshold >= 0:  # `not >=`: so that nan is refused too
-        raise UserError("--dsnot_cycles: expected 1 or more, --dsnot_threshold: 0 or more")
     return args
 
 
-def main():
+def main() -> None:
     args = parse_args()
-    sparsity, out = parse_sparsity(args.sparsity), check_out(args.out)
+    sparsity = parse_sparsity(args.sparsity)
+    out = check_out(args.out)
     ckpt = open_checkpoint(args.ckpt)
-    config, calib = ckpt.config, f"--calib {args.calib}"
+    config = ckpt.config
+    calib = f"--calib {args.calib}"
     tokens = check_calib(read_calib(args.calib), config.vocab_size, args.nsamples, calib)
     sequences, seqlen = tokens.shape
     config.check_length(seqlen, calib)
@@ -662,4 +666,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, "fewer --nsamples, or --device cpu")

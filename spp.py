@@ -63,6 +63,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from model import Checkpoint, Parser, UserError, check_out, cli, open_checkpoint, torch_load, write_checkpoint
 
@@ -185,13 +186,13 @@ class EffectiveMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: AdapterLinear, W: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, layer: AdapterLinear, W: Tensor, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, *factors)
         ctx.layer = layer
         return F.linear(x, layer.effective_weight(W, *factors).to(x.dtype))
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *factors = ctx.saved_tensors
         dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype) if ctx.needs_input_grad[0] else None
         G = g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -415,10 +416,11 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
 
 def main() -> None:
     parser = Parser(description="Merge an adapter into the sparse checkpoint that it was trained on.")
-    parser.add_argument("--ckpt", required=True, help="the pruned model")
-    parser.add_argument("--adapter", required=True, help="adapter.pt that train.py wrote")
-    parser.add_argument("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
-    parser.add_argument("--dense", action="store_true", help="LoRA only: do not apply the mask to the merged weight")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the pruned model")
+    add("--adapter", required=True, help="adapter.pt that train.py wrote")
+    add("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
+    add("--dense", action="store_true", help="LoRA only: do not apply the mask to the merged weight")
     args = parser.parse_args()
     check_out(args.out)
     write_checkpoint(merge_checkpoint(open_checkpoint(args.ckpt), args.adapter, not args.dense), args.out)

@@ -43,7 +43,8 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TextIO
+from types import FrameType
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -72,7 +73,9 @@ from model import (
     LlamaConfig,
     Parser,
     UserError,
+    add_device,
     atomic,
+    check_device,
     check_out,
     cli,
     load_tokenizer,
@@ -132,8 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_prompt", action="store_true", help="learn the answers alone, not the prompts")
     add("--seed", type=number(int, 0, high=2**62), default=0, help="of the adapter's start and the order of the data")
     # the machine
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, choices=("cpu", "cuda"), help="where to run")
+    add_device(parser)
     dtype = "of frozen weights; auto: float32 for a float32 checkpoint, bfloat16 for any other"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
     add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
@@ -172,8 +174,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError("--method dynamic: needs --sparsity, the pattern to keep")
     if args.sparsity:
         parse_sparsity(args.sparsity)
-    if args.device == "cuda" and not torch.cuda.is_available() and args.dry_run is None:
-        raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+    if args.dry_run is None:
+        check_device(args.device)
     knows = {"spp": ("no_beta", "zero_init", "no_residual", "matmul"), "dynamic": ("sparsity", "mask_interval")}
     ignored = [key for method, keys in knows.items() if method != args.method for key in keys]
     if args.method == "full" or not METHODS[args.method].factors:
@@ -532,7 +534,7 @@ def catch_signals() -> list[int]:
     caught = []
     numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def catch(number, frame):
+    def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         for n in numbers:
             signal.signal(n, signal.SIG_DFL)
@@ -731,7 +733,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now, self.peak, self.alive = 0, 0, set()
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, op: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = op(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and id(storage := x.untyped_storage()) not in self.alive:
@@ -832,11 +834,4 @@ def dry_run(model: Llama, args: argparse.Namespace, train: Examples | None) -> N
 
 
 if __name__ == "__main__":
-    try:
-        cli(main)
-    except RuntimeError as e:  # whichever process it is: under torchrun the others are stopped
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        wish = "--activation_checkpointing, a smaller --max_tokens, or --fsdp on several GPUs"
-        print(f"train.py: error: out of memory ({str(e).splitlines()[0][:100]}); what helps: {wish}", file=sys.stderr)
-        os._exit(2)  # a GPU's collectives that are under way would hold up a tidy exit
+    cli(main, "--activation_checkpointing, a smaller --max_tokens, or --fsdp on several GPUs")

@@ -14,7 +14,6 @@ are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA train
     meta.json                             tokenizer, source, counts; written last: with it the folder is whole
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, cli, load_tokenizer  # noqa: E402
+from model import Parser, UserError, cli, load_tokenizer, number  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -125,7 +124,9 @@ def check_folder(out: str) -> Path:
     return path
 
 
-def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer, meta: dict) -> None:
+def write_folder(
+    out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer: SentencePieceProcessor, meta: dict
+) -> None:
     """Writes {"train": examples, "val": examples}, each example (tokens, prompt length), as the folder shown above.
 
     Everything goes to a temporary folder inside `out` first and is renamed at the end, the old meta.json removed before
@@ -157,26 +158,18 @@ def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], toke
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def main():
-    parser = Parser(
-        description="Turn Alpaca-format instructions into tokens for train.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or our .pt")
-    parser.add_argument("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
-    parser.add_argument("--val", type=int, default=2000, help="examples held out for the validation loss")
-    parser.add_argument("--max_len", type=int, default=512, help="tokens after which an example is cut")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle that chooses the held-out examples")
-    parser.add_argument(
-        "--skip_empty", action="store_true", help="leave out empty records (always done for Stanford's)"
-    )
-    parser.add_argument("--out", required=True, help="folder to write, such as data/alpaca")
+def main() -> None:
+    parser = Parser(description="Turn Alpaca-format instructions into tokens for train.py.")
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or our .pt")
+    add("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
+    add("--val", type=number(int, 1), default=2000, help="examples held out for the validation loss")
+    add("--max_len", type=number(int, 2), default=512, help="tokens after which an example is cut")
+    add("--seed", type=number(int, 0), default=0, help="of the shuffle that chooses the held-out examples")
+    add("--skip_empty", action="store_true", help="leave out empty records (always done for Stanford's)")
+    add("--out", required=True, help="folder to write, such as data/alpaca")
     args = parser.parse_args()
 
-    if args.max_len < 2:
-        raise UserError(f"--max_len {args.max_len}: expected at least 2")
-    if args.val < 1:
-        raise UserError(f"--val {args.val}: expected at least 1")
     out = check_folder(args.out)
     tokenizer = read_tokenizer(args.tokenizer)
     try:

@@ -17,10 +17,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, atomic, check_out, cli, load_tokenizer  # noqa: E402
+from model import Parser, UserError, atomic, check_out, cli, load_tokenizer, number  # noqa: E402
 
 URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.00000-of-01024.json.gz"
 
@@ -52,7 +53,9 @@ def read_documents(source: str | None) -> list[str]:
     return documents
 
 
-def sample(documents: list[str], tokenizer, nsamples: int, seqlen: int, seed: int) -> np.ndarray:
+def sample(
+    documents: list[str], tokenizer: SentencePieceProcessor, nsamples: int, seqlen: int, seed: int
+) -> np.ndarray:
     rng, tokens, long = np.random.default_rng(seed), {}, []
     bar = tqdm(total=nsamples, desc="sampling", unit="window", disable=None)
     while len(long) < nsamples:
@@ -69,19 +72,16 @@ def sample(documents: list[str], tokenizer, nsamples: int, seqlen: int, seed: in
     return np.array(long, dtype=np.int32)
 
 
-def main():
+def main() -> None:
     parser = Parser(description="Make calibration windows from C4 or a file like it.")
-    parser.add_argument(
-        "--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or a .pt of ours"
-    )
-    parser.add_argument("--json", help="lines of {'text': ...}, .jsonl or .json.gz; by default C4's first shard")
-    parser.add_argument("--nsamples", type=int, default=128, help="windows (default: 128)")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: 2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    parser.add_argument("--out", required=True, help="the .npy file to write")
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or a .pt of ours")
+    add("--json", help="lines of {'text': ...}, .jsonl or .json.gz; by default C4's first shard")
+    add("--nsamples", type=number(int, 1), default=128, help="windows")
+    add("--seqlen", type=number(int, 1), default=2048, help="tokens in a window")
+    add("--seed", type=number(int, 0), default=0, help="of the choice")
+    add("--out", required=True, help="the .npy file to write")
     args = parser.parse_args()
-    if args.nsamples < 1 or args.seqlen < 1:
-        raise UserError(f"--nsamples {args.nsamples} --seqlen {args.seqlen}: must both be at least 1")
     if not args.out.endswith(".npy"):
         raise UserError(f"--out {args.out}: must end in .npy")
     check_out(args.out)

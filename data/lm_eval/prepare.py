@@ -21,6 +21,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model import Parser, UserError, atomic, cli, read_json  # noqa: E402
@@ -142,7 +143,7 @@ def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
     if config.get("output_type") != "multiple_choice" or config.get("num_fewshot"):
         raise UserError(f"--config: {task}: only zero-shot multiple-choice tasks can be rendered")
 
-    def value(template, doc: dict):
+    def value(template: Any, doc: dict) -> Any:
         if not isinstance(template, str):
             return template
         if template in doc:
@@ -186,13 +187,14 @@ def mmlu_shots(subject: str, documents: list[dict]) -> str:
     return header + "".join(f"{mmlu(doc)[0]} {'ABCD'[doc['answer']]}\n\n" for doc in own)
 
 
-def main():
+def main() -> None:
     parser = Parser(description="Render documents of a task as lm-eval's samples file.")
-    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or with --config any task it describes")
-    parser.add_argument("--json", help="the documents, one a line; by default downloaded")
-    parser.add_argument("--shots", help="mmlu: the dev split, one document a line; by default downloaded")
-    parser.add_argument("--config", help="a results file of lm-eval that describes the task")
-    parser.add_argument("--out", required=True, help="the folder to write samples_TASK.jsonl into")
+    add = parser.add_argument
+    add("--task", required=True, help=f"{', '.join(TASKS)}, or with --config any task it describes")
+    add("--json", help="the documents, one a line; by default downloaded")
+    add("--shots", help="mmlu: the dev split, one document a line; by default downloaded")
+    add("--config", help="a results file of lm-eval that describes the task")
+    add("--out", required=True, help="the folder to write samples_TASK.jsonl into")
     args = parser.parse_args()
     if not args.config and args.task not in TASKS:
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")

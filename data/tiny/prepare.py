@@ -20,7 +20,6 @@ form, never by having seen the sentence. The weakest case: two short forms, "The
 three", are also how longer ones end ("The colour of the lamp is red"): a quarter of the questions on colours and sums.
 """
 
-import argparse
 import io
 import json
 import random
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.alpaca.prepare import check_folder, prompt, write_folder  # noqa: E402
-from model import Parser, UserError, atomic, cli  # noqa: E402
+from model import Parser, atomic, cli, number  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the world
@@ -310,7 +309,9 @@ def train_tokenizer(pages: list[str]) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def windows(pages: list[str], tokenizer, max_len: int) -> list[tuple[list[int], int]]:
+def windows(
+    pages: list[str], tokenizer: sentencepiece.SentencePieceProcessor, max_len: int
+) -> list[tuple[list[int], int]]:
     """BOS page EOS BOS page EOS ..., cut every max_len tokens; nothing of it is prompt."""
     stream = []
     for i in tqdm(range(0, len(pages), 256), desc="tokenizing", unit="x256", disable=None):
@@ -323,20 +324,15 @@ def lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def main():
-    parser = Parser(
-        description="Generate a tiny world: text, tokenizer, instructions, calibration and questions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything")
-    parser.add_argument("--pages", type=int, default=12000, help="pages to pretrain on, about 140 tokens each")
-    parser.add_argument("--instructions", type=int, default=2400, help="records for fine-tuning, about 100 tokens each")
-    parser.add_argument("--max_len", type=int, default=128, help="tokens of a pretraining window")
-    parser.add_argument("--out", required=True, help="folder to write")
+def main() -> None:
+    parser = Parser(description="Generate a tiny world: text, tokenizer, instructions, calibration and questions.")
+    add = parser.add_argument
+    add("--seed", type=number(int, 0), default=0, help="of everything")
+    add("--pages", type=number(int, 100), default=12000, help="pages to pretrain on, about 140 tokens each")
+    add("--instructions", type=number(int, 1), default=2400, help="records for fine-tuning, about 100 tokens each")
+    add("--max_len", type=number(int, 2), default=128, help="tokens of a pretraining window")
+    add("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    if args.pages < 100 or args.instructions < 1 or args.max_len < 2:
-        found = f"--pages {args.pages} --instructions {args.instructions} --max_len {args.max_len}"
-        raise UserError(f"{found}: expected at least 100, 1 and 2")
     out, rng = check_folder(args.out), random.Random(args.seed)
 
     facts, topics = make_world(rng), {}
