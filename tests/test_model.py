@@ -352,7 +352,7 @@ def test_info_is_one_screen_and_json(random_checkpoint):
     assert about["linears"]["q_proj"] == {"sparsity": 0.0, "pattern": None} and about["parameters"] > 0
 
 
-def test_the_command_talks(random_checkpoint, monkeypatch, capsys):
+def test_a_prompt_goes_on_as_its_flags_say(random_checkpoint, monkeypatch, capsys):
     def says(*flags):
         line = ["model.py", "--ckpt", random_checkpoint, "--prompt", "bada", "--max_new_tokens", 9, *flags]
         monkeypatch.setattr(sys, "argv", [str(part) for part in line])
@@ -654,6 +654,7 @@ DEEP = "[" * 10**5 + "]" * 10**5
         (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "config.json").write_text(DEEP), "is not JSON"),
         (lambda d: (d / "config.json").write_text("[1]"), "is a JSON list, expected a dict"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "config.json: has no vocab_size"),
         (lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()), "config.json: cannot be read"),
         (lambda d: (d / "history.json").write_text("{}"), "is a JSON dict, expected a list"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1000]), "truncated"),
@@ -674,6 +675,10 @@ def test_a_damaged_directory_is_named(directory, tmp_path, harm, words):
     assert str(directory) in str(e.value) or "tokenizer" in str(e.value)
 
 
+def part(folder: Path, i: int) -> dict:
+    return torch.load(folder / f"consolidated.{i:02}.pth")
+
+
 @pytest.mark.parametrize(
     "harm, words",
     [
@@ -686,6 +691,10 @@ def test_a_damaged_directory_is_named(directory, tmp_path, harm, words):
         (lambda d: edit(d / "params.json", n_layers=10**9), "n_layers"),
         (lambda d: torch.save({}, d / "consolidated.01.pth"), "has no '"),
         (lambda d: torch.save({"output.weight": torch.ones(2)}, d / "consolidated.00.pth"), "has no 'layers.0"),
+        (
+            lambda d: torch.save({k: w[..., :-1] for k, w in part(d, 1).items()}, d / "consolidated.01.pth"),
+            "do not fit",
+        ),
         (lambda d: torch.save([1], d / "consolidated.01.pth"), "holds a list, expected a state dict"),
         (lambda d: torch.save({"x": 1}, d / "consolidated.01.pth"), "holds x, which is no plain tensor"),
     ],
@@ -839,6 +848,7 @@ def test_what_metas_layout_cannot_say_is_refused(tmp_path, key, value):
         (["--prompt", "x", "--top_p", "1.5"], "--top_p: expected at least 0 and at most 1, found 1.5"),
         (["--out", "FILE"], "is a file; a name without .pt is a directory"),
         (["--out", "DIR.pt"], "is a directory, and a .pt name is a file"),
+        (["--out", "FULL"], "the directory is not empty"),
         (["--prompt", "x", "--ckpt", "BARE"], "has no tokenizer.model"),
         (["--prompt", "x", "--ckpt", "WINDOW"], "more than the model's sliding window of 16"),
         (["--prompt", "", "--ckpt", "NOBOS"], "is empty, and the tokenizer has no token to begin with"),
@@ -849,6 +859,7 @@ def test_a_wrong_flag_is_named_before_anything_is_done(
 ):
     (tmp_path / "FILE").touch()
     (tmp_path / "DIR.pt").mkdir()
+    (tmp_path / "FULL" / "of").mkdir(parents=True)
     small = Llama(dataclasses.replace(PRESETS["test"], sliding_window=16))
     if "BARE" in flags:
         save(small, tmp_path / "BARE")
@@ -875,6 +886,12 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
     with pytest.raises(SystemExit):
         cli(fail)
     assert capsys.readouterr().err.endswith("error: a b\n")
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(random_checkpoint):
+    line = f"{sys.executable} model.py --ckpt {random_checkpoint} --info --json | true"
+    result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from model import PRESETS, Llama, LlamaConfig, UserError, cli, load, open_checkp
 from spp import inject
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "real"
 
 
 def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
@@ -322,11 +320,15 @@ def test_two_nodes_give_the_result_of_one(world, alone, tmp_path):
 
 
 def wait_for(path: Path, line: str, process):
-    deadline = time.time() + 60
-    while time.time() < deadline and process.poll() is None:
+    """Returns when the line stands in the file; looks again each time that `process` has not ended for a moment."""
+    for _ in range(3000):
         if path.exists() and line in path.read_text():
             return
-        time.sleep(0.02)
+        try:
+            process.wait(timeout=0.02)
+            break
+        except subprocess.TimeoutExpired:
+            pass
     raise AssertionError(f"{line} did not come")
 
 
@@ -379,8 +381,8 @@ def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
 
 
 def test_a_second_signal_leaves_at_once():
-    code = "import os, signal, time, train; caught = train.catch_signals(); os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "print(caught, flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    code = "import os, signal, train; caught = train.catch_signals(); os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "print(caught, flush=True); os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert (result.stdout, result.returncode) == ("[2]\n", -signal.SIGTERM)
 
@@ -462,7 +464,7 @@ def test_dry_runs_memory_is_within_10_percent_of_the_measured(tmp_path):
         ("llama-2-70b", "106,332,160", 1.54),
     ],
 )
-def test_parameter_counts_of_table_1(preset, count, per_mille):
+def test_trainable_parameters_are_those_of_table_1(preset, count, per_mille):
     with torch.device("meta"):
         model = inject(Llama(PRESETS[preset]))
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -552,16 +554,16 @@ def test_pretraining_on_two_processes_leaves_a_model_without_a_tokenizer(world, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_asked_for_where_there_is_none(world, tmp_path):
-    assert "--device cuda" in refusal(world, tmp_path / "run", "--device", "cuda")
+def test_a_gpu_asked_for_where_there_is_none_is_refused(world, tmp_path, monkeypatch, capsys):
+    assert "--device cuda" in refused_here(world, tmp_path / "run", monkeypatch, capsys, "--device", "cuda")
 
 
-def test_more_processes_than_examples_of_a_batch(world, tmp_path):
+def test_more_processes_than_examples_of_a_batch_are_refused(world, tmp_path):
     assert "--batch_size 1" in refusal(world, tmp_path / "run", "--batch_size", 1, processes=2)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(world, alone):
-    assert "holds a run" in refusal(world, world / "alone")
+def test_a_second_run_in_the_same_folder_is_refused(world, alone, monkeypatch, capsys):
+    assert "holds a run" in refused_here(world, world / "alone", monkeypatch, capsys)
 
 
 def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):
@@ -573,10 +575,12 @@ def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):
     assert "a run is at work in it" in line
 
 
-def test_resuming_another_run_is_refused(world, alone, tmp_path):
-    assert "--lr" in refusal(world, world / "alone", "--resume", "--lr", 0.5)
+def test_resuming_another_run_is_refused(world, alone, tmp_path, monkeypatch, capsys):
+    line = refused_here(world, world / "alone", monkeypatch, capsys, "--resume", "--lr", 0.5)
+    assert "was run with --lr 0.004, not 0.5" in line
     write_data(tmp_path / "other", seed=1)
-    assert "another data" in refusal(world, world / "alone", "--resume", "--data", tmp_path / "other")
+    line = refused_here(world, world / "alone", monkeypatch, capsys, "--resume", "--data", tmp_path / "other")
+    assert "another data" in line
 
 
 def test_damaged_data_is_refused(tmp_path):
@@ -587,24 +591,40 @@ def test_damaged_data_is_refused(tmp_path):
     np.save(data / "train.offsets.npy", np.array([0, 5]))
     with pytest.raises(UserError, match="do not fit"):
         train.Examples(data, "train")
+    np.save(data / "train.offsets.npy", np.arange(len(np.load(data / "train.npy")) + 1))
+    np.save(data / "train.prompt.npy", np.zeros(len(np.load(data / "train.npy")), np.int32))
+    with pytest.raises(UserError, match="example 0 of train has fewer than 2 tokens"):
+        train.Examples(data, "train")
     (data / "val.npy").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="val split"):
         train.Examples(data, "val")
 
 
-def test_data_of_another_tokenizer_is_refused(world, tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text("a small text about small things\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tok"),
-        vocab_size=24,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+def test_data_without_an_example_is_refused(tmp_path):
+    data = write_data(tmp_path / "data", sizes=(0, 0))
+    args = argparse.Namespace(data=data, tokenizer=None, max_tokens=160, batch_size=16)
+    with pytest.raises(UserError, match="holds no training example"):
+        train.read_data(args, LlamaConfig(), None, 1)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
+    assert "the loss became" in refusal(world, tmp_path / "run", "--lr", 1e30, "--grad_clip", 0)
+
+
+def test_resuming_a_run_without_a_whole_state_is_refused(world, tmp_path, monkeypatch, capsys):
+    flags = ("--epochs", 1000)
+    process = start(world, tmp_path / "run", *flags)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 1,', process)
+    process.kill()
+    process.wait()
+    assert "holds no whole step-*.pt" in refused_here(world, tmp_path / "run", monkeypatch, capsys, *flags, "--resume")
+
+
+def test_data_of_another_tokenizer_is_refused(world, tokenizer, tmp_path, monkeypatch, capsys):
     model, _ = load(world / "pruned.pt")
-    save(model, tmp_path / "with.pt", sentencepiece.SentencePieceProcessor(str(tmp_path / "tok.model")))
-    assert "another tokenizer" in refusal(world, tmp_path / "run", "--ckpt", tmp_path / "with.pt")
+    save(model, tmp_path / "with.pt", tokenizer)
+    line = refused_here(world, tmp_path / "run", monkeypatch, capsys, "--ckpt", tmp_path / "with.pt")
+    assert "was prepared with another tokenizer" in line
 
 
 def test_config_of_a_run_holds_what_it_takes_to_repeat_it(world, alone):
