@@ -1,8 +1,9 @@
 """LLaMA by hand, and its checkpoints in and out.
 
-The network that SPP prunes and fine-tunes (section 3 of the paper names its linears): RMSNorm, rotary positions,
-SwiGLU, grouped-query attention (LLaMA, Touvron et al. 2023a, b). It is the first quarter of this file, and all that the
-method needs. The rest is files, a section a layout, reading and writing side by side:
+The network that SPP prunes and fine-tunes: RMSNorm, rotary positions, SwiGLU, grouped-query attention (LLaMA, Touvron
+et al. 2023a, b). Its seven linears, q_proj to down_proj, are those that section 4 of the paper lists. The network is
+the first quarter of this file and all that the method needs; the rest is files, a section for each layout, reading and
+writing side by side:
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
     python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory; --layout meta: Meta's
