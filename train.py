@@ -610,7 +610,7 @@ def main() -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     say = tqdm.write if rank == 0 else lambda text: None
 
-    # --- settings, data and the model's shapes
+    # --- settings, data and the model's shapes: whatever is wrong with them is said before the run's folder is touched
     check_settings(args)
     ckpt = open_checkpoint(args.ckpt) if args.ckpt else None
     config = ckpt.config if ckpt else PRESETS[args.preset]
@@ -618,14 +618,14 @@ def main() -> None:
     train = val = None
     if args.dry_run is None or (Path(args.data) / "train.npy").exists():
         train, val = read_data(args, config, ckpt, processes=args.dry_run or world)
-    model = build(args, config)
+    model = build(args, config)  # on the meta device: under FSDP no process ever holds all of it
     if args.dry_run is not None:
         return dry_run(model, args, train)
     plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
 
     # --- the folder of the run, and the processes
     out_dir = Path(args.out_dir)
-    base = ckpt.fingerprint() if ckpt else args.preset
+    base = ckpt.fingerprint() if ckpt else args.preset  # what the adapter belongs to
     if rank == 0:
         lock = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  held until the process ends
     mesh = join_processes(args.device, world) if world > 1 or args.fsdp else None
@@ -639,7 +639,7 @@ def main() -> None:
     materialise(model, ckpt or Llama(config).state_dict(), args.seed, args.device, mesh if args.fsdp else None)
     if args.compile:
         for block in model.model.layers:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True)  # micro-batches differ in length
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, weight_decay=args.weight_decay)
     net = DistributedDataParallel(model) if world > 1 and not args.fsdp else model
     start, best = 0, math.inf  # steps done, lowest validation loss
@@ -662,8 +662,9 @@ def main() -> None:
         say(f"step 0: validation loss {val_loss:.4f}")
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
+        # what a step does depends on its number alone, so that a resumed run takes the steps of an uninterrupted one
         t0 = time.perf_counter()
-        torch.manual_seed(args.seed + 1_000_003 * (step + 1) + rank)  # so that no random state need be saved
+        torch.manual_seed(args.seed + 1_000_003 * (step + 1) + rank)
         if args.method == "dynamic" and step % args.mask_interval == 0:
             update_masks(model, parse_sparsity(args.sparsity))
         lr = learning_rate(step, plan.steps, args.warmup, args.lr)
