@@ -94,8 +94,8 @@ grep '\$ python' $W/sparsegpt.log
 run python bench/tables.py $W/results_*.json --svg $W/demo.svg
 cat <<'END'
 
-With a real LLaMA it is the same (data/c4/prepare.py and data/alpaca/prepare.py first, see the README):
+With a real LLaMA it is the same (the data first: see the README):
   python prune.py --ckpt llama-2-7b --method wanda --sparsity 2:8 --calib data/c4/calib.npy --out pruned.pt
-  torchrun --nproc_per_node=8 train.py --ckpt pruned.pt --data data/alpaca --out_dir out/spp
-  python evaluate.py --ckpt out/spp/merged.pt --tasks data/lm_eval/samples_arc_easy.jsonl --ppl wikitext2.txt --out results.json
+  torchrun --nproc_per_node=8 -- train.py --ckpt pruned.pt --data data/alpaca --out_dir out/spp
+  python evaluate.py --ckpt out/spp/merged.pt --tasks data/lm_eval/samples_*.jsonl --ppl data/wikitext2_test.txt --out out/results.json
 END
