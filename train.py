@@ -442,8 +442,10 @@ class StateWriter:
 
 def write_adapter(path: Path, tensors: dict[str, Tensor], args: argparse.Namespace, base: str) -> None:
     """The adapter file, from what `learned` returns: a dict of `adapter`, `method`, `r`, `scale`, `base`, `options`."""
+    tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(".mask")]:  # dynamic: what is kept of the weight
-        tensors[name.replace(".mask", ".weight")] *= tensors.pop(name)
+        weight = name.replace(".mask", ".weight")
+        tensors[weight] = tensors[weight] * tensors.pop(name)  # a new tensor: on a CPU the old one is the model's own
     adapter = {name.removeprefix("model."): w for name, w in tensors.items()}
     about = {"method": args.method, "r": args.r, "scale": args.scale, "base": base, "options": ablations(args)}
     with atomic(path) as tmp:

@@ -315,6 +315,19 @@ def test_two_nodes_give_the_result_of_one(world, alone, tmp_path):
     assert difference(torch.load(tmp_path / "run" / "adapter.pt")["adapter"], alone[0]) < 1e-5
 
 
+def test_writing_an_adapter_leaves_the_model_as_it_was(world, tmp_path):
+    ckpt = open_checkpoint(world / "pruned.pt")
+    args = train.parse_args(["--ckpt", "x", "--method", "dynamic", "--sparsity", "1:4", "--dtype", "float32"])
+    model = train.build(args, ckpt.config)
+    train.materialise(model, Llama(ckpt.config).state_dict(), 0, "cpu")  # dense
+    train.update_masks(model, (1, 4))
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    train.write_adapter(tmp_path / "adapter.pt", train.learned(model), args, ckpt.fingerprint())
+    assert all(w.equal(before[name]) for name, w in model.state_dict().items())
+    layer = torch.load(tmp_path / "adapter.pt")["adapter"]["layers.0.mlp.up_proj.weight"]
+    assert (layer == 0).float().mean() == 0.75
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # killed and resumed
 
