@@ -20,7 +20,7 @@ of each choice. lm-eval's score of a choice is log p(continuation | context), su
 
 lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
 common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
-The tokens of a branch have the positions that they would have right behind the trunk, and see only the trunk and
+The tokens of a branch have the positions that they would have right after the trunk, and see only the trunk and
 themselves (`branch_mask`):
 
     row         t0 t1 t2 | a3 a4 | b3 b4 b5
@@ -80,6 +80,7 @@ from model import (
     open_checkpoint,
     read_json,
     rope_tables,
+    take_a_gpu,
 )
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
@@ -102,7 +103,7 @@ class Document:
 
     @property
     def mutual_info(self) -> bool:
-        """Whether every choice comes once more, behind an empty context, for lm-eval's acc_mutual_info."""
+        """Whether every choice comes once more, after an empty context, for lm-eval's acc_mutual_info."""
         return "acc_mutual_info" in self.record
 
     @property
@@ -163,7 +164,7 @@ def read_utf8(path: str | Path) -> str:
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """lm-eval's records, each behind the place where it stands, for messages: one on each line, or one JSON array
+    """lm-eval's records, each with its place in the file, for messages: one on each line, or one JSON array
     (until 0.4.2)."""
     text = read_utf8(path)
     places, where = [], str(path)
@@ -275,7 +276,7 @@ def encode_pair(
     c = tokenizer.encode(context) if context else []
     t = tokenizer.encode(context + continuation)[len(c) :]
     if not t:
-        raise UserError(f"the choice {continuation!r} behind {context[-40:]!r} has no tokens: nothing can be scored")
+        raise UserError(f"the choice {continuation!r} after {context[-40:]!r} has no tokens: nothing can be scored")
     if add_bos or not c:  # without a context BOS predicts the first token
         c = [bos_id(tokenizer), *c]
     return (c + t)[-(max_len + 1) :][:-1], t[-max_len:]
@@ -309,7 +310,7 @@ def shared_prefix(requests: list[list[Request]]) -> int:
 
 @dataclasses.dataclass
 class Row:
-    """The trunk and the branches of one document, end to end, behind the tokens that a cache holds."""
+    """The trunk and the branches of one document, end to end, after the tokens that a cache holds."""
 
     tokens: list[int]
     positions: list[int]
@@ -621,7 +622,7 @@ def read_text(path: str | Path, tokenizer: SentencePieceProcessor) -> Tensor:
 
 
 def read_texts(paths: list[str], tokenizer: SentencePieceProcessor, seqlen: int) -> dict[str, Tensor]:
-    """{name: tokens} of several texts, a name being the file's without its ending. UserError where two have the same,
+    """{name: tokens} of several texts, the name is the file's without its suffix. UserError where two have the same,
     or one is shorter than a window of seqlen tokens."""
     texts = {}
     for path in paths:
@@ -671,7 +672,7 @@ def share_of_zeros(model: Llama) -> float:
 
 
 def to_semi_structured(model: Llama) -> None:
-    """Runs 2:4 linears on the GPU's sparse matrix units, converted one at a time. UserError where that cannot be."""
+    """Runs 2:4 linears on the GPU's sparse matrix units, converted one at a time. UserError for one that cannot be."""
     if model.lm_head.weight.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 0):
         raise UserError("--semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later")
     if model.lm_head.weight.dtype not in (torch.float16, torch.bfloat16):
@@ -757,7 +758,7 @@ def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
 # the command
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = Parser(
         description="Score multiple-choice tasks from lm-eval's samples files, and the perplexity of texts.",
         epilog="Perplexity is Wanda's: one BOS at the very start of the text, windows of --seqlen tokens, the tail "
@@ -776,7 +777,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")
     add("--out", required=True, help="the results, JSON; OUT.partial holds finished tasks until all are")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.tasks and not args.ppl:
         raise UserError("nothing to do: give --tasks or --ppl")
     check_device(args.device)
@@ -803,11 +804,7 @@ def join_processes(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device == "cuda":
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs that torch sees"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_a_gpu()
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
@@ -832,8 +829,15 @@ def measure(
     for name, documents in tasks.items():
         key = digest(settings, name, [d.record for d in documents])
         if key not in finished:
-            options = (args.add_bos, args.batch_tokens, not args.no_sharing, name if rank == 0 else None)
-            finished[key], scores = run_task(model, tokenizer, documents, *options)
+            finished[key], scores = run_task(
+                model,
+                tokenizer,
+                documents,
+                add_bos=args.add_bos,
+                batch_tokens=args.batch_tokens,
+                share=not args.no_sharing,
+                name=name if rank == 0 else None,
+            )
             if args.log_samples and rank == 0:
                 log_samples(samples_file(args.log_samples, name), documents, scores)
             write_partial(partial, finished)

@@ -73,7 +73,7 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.n_heads
 
     def check_length(self, n: int, what: str = "a sequence") -> None:
-        """Refuses n tokens, more than the sliding window, within which alone Mistral's attention is LLaMA's."""
+        """UserError if n tokens exceed the sliding window: only within it is Mistral's attention LLaMA's."""
         if self.sliding_window and n > self.sliding_window:
             raise UserError(f"{what}: {n} tokens are more than the model's sliding window of {self.sliding_window}")
 
@@ -240,7 +240,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, hidden_size): lm_head turns those that matter into logits.
 
-        tokens: (B, T) int64. positions: (T,) or (B, T), by default 0, 1, ... behind what the cache holds. mask: bool,
+        tokens: (B, T) int64. positions: (T,) or (B, T), by default 0, 1, ... after what the cache holds. mask: bool,
         broadcast to (B, heads, T, cached + T), True = may attend; causal by default. cache: one list per layer, empty
         at first, that this call fills with keys and values; a cache of batch 1 serves any B.
         """
@@ -314,7 +314,7 @@ def generate(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The network ends here. What follows is files: first what all of them need
+# The network ends here; the rest reads and writes files. First, what every command needs
 
 
 class UserError(Exception):
@@ -331,7 +331,7 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
-        else:  # under torchrun rank 0 speaks for all, and the first to exit has the others stopped
+        else:  # under torchrun rank 0 speaks for all, and the rest are stopped as soon as one exits
             time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -366,10 +366,12 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
 
     def parse(text: str) -> int | float:
         x = kind(text)
-        if not (low <= x <= high and above < x < math.inf):
+        if not math.isfinite(x):
+            raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
+        if not (low <= x <= high and above < x):
             bounds = {"at least": low, "more than": above, "at most": high}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if abs(bound) < math.inf)
-            raise argparse.ArgumentTypeError(f"expected {wanted or 'a finite number'}, found {text}")
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
         return x
 
     parse.__name__ = kind.__name__  # which argparse names where `kind` refuses the text
@@ -386,6 +388,13 @@ def check_device(device: str) -> None:
     """Refuses "cuda" where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+
+
+def take_a_gpu() -> None:
+    """Gives each process of torchrun's on this machine a GPU of its own. UserError where there are too few."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs that torch sees")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextlib.contextmanager
@@ -442,20 +451,22 @@ def read_json(path: str | Path, kind: type = object) -> Any:
 
 def load_tokenizer(source: str | Path | bytes) -> SentencePieceProcessor:
     """A sentencepiece model from its bytes, a file, a directory that holds tokenizer.model, or a .pt of ours."""
-    if isinstance(source, str | Path) and Path(source).suffix == ".pt":
-        source = open_checkpoint(path := source).tokenizer
-        if not source:
-            raise UserError(f"{path}: holds no tokenizer")
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        source = Path(source) / "tokenizer.model"
-    name = "the checkpoint's tokenizer" if isinstance(source, bytes) else source
+    if isinstance(source, bytes):
+        name, data = "the checkpoint's tokenizer", source
+    elif Path(source).suffix == ".pt":
+        name, data = source, open_checkpoint(source).tokenizer
+        if data is None:
+            raise UserError(f"{name}: holds no tokenizer")
+    else:
+        name = Path(source) / "tokenizer.model" if Path(source).is_dir() else source
+        try:
+            data = Path(name).read_bytes()
+        except OSError as e:
+            raise UserError(f"{name}: cannot be read: {e.strerror}") from None
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:  # sentencepiece takes it for a model that is yet to be loaded
             raise RuntimeError
         return SentencePieceProcessor(model_proto=data)
-    except OSError as e:
-        raise UserError(f"{name}: cannot be read: {e.strerror}") from None
     except RuntimeError:
         raise UserError(f"{name}: is not a sentencepiece model") from None
 
@@ -521,7 +532,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
     except OSError as e:
         raise UserError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
-    if ckpt.config.n_layers > len(ckpt):
+    if ckpt.config.n_layers > len(ckpt):  # before Llama() below makes that many blocks
         raise UserError(f"{path}: config: {ckpt.config.n_layers} layers, but only {len(ckpt)} tensors")
     with torch.device("meta"):
         want = Llama(ckpt.config).state_dict()
@@ -1036,8 +1047,8 @@ def meta_params(c: LlamaConfig) -> dict:
     length is not the one that norm_eps stands for."""
     missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
     missing["head_dim"] = c.head_dim * c.n_heads != c.hidden_size
-    for key in [key for key, there in missing.items() if there]:
-        raise UserError(f"--layout meta: has no room for the model's {key}; --layout hf has")
+    if keys := [key for key, there in missing.items() if there]:
+        raise UserError(f"--layout meta: has no room for the model's {keys[0]}; --layout hf has")
     params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
     params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.

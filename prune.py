@@ -192,8 +192,8 @@ def prune_block(
             sparsity = settings.sparsity(full_name) if callable(settings.sparsity) else settings.sparsity
             if isinstance(sparsity, tuple) and linear.in_features % sparsity[1]:
                 raise UserError(f"{full_name}: {linear.in_features} columns are no multiple of M = {sparsity[1]}")
-            cycles = settings.dsnot_cycles if name.startswith("self_attn") else 0
-            report.append({"layer": full_name, **prune_linear(linear, s, sparsity, settings, cycles)})
+            swapped = name.startswith("self_attn")  # by DSnoT
+            report.append({"layer": full_name, **prune_linear(linear, s, sparsity, settings, swapped)})
         del s
     run_block(block, x, tables, batch)
     return report
@@ -251,12 +251,48 @@ def run_block(block: Block, x: Tensor, tables: Tables, batch: int) -> None:
         part.copy_(block(part, *tables))
 
 
+def check_calib(
+    calib: np.ndarray | Tensor, vocab_size: int, nsamples: int | None = None, name: str = "calib"
+) -> Tensor:
+    """Calibration tokens, (sequences, seqlen) int64, from an array of token ids, of which every one is checked.
+
+    nsamples: how many of its sequences to take, by default all. UserError, which begins with `name`, where there are
+    fewer, where the array has another dtype or shape, or where a token is none of the vocabulary's.
+    """
+    calib = np.asarray(calib)
+    if calib.ndim != 2 or calib.dtype.kind not in "iu" or not calib.size:
+        raise UserError(f"{name}: holds {calib.dtype} of shape {calib.shape}, expected token ids (nsamples, seqlen)")
+    if nsamples and len(calib) < nsamples:
+        raise UserError(f"{name}: holds {len(calib)} sequences, --nsamples asks for {nsamples}")
+    calib = calib[:nsamples].astype(np.int64)
+    if calib.min() < 0 or calib.max() >= vocab_size:
+        bad = calib.max() if calib.max() >= vocab_size else calib.min()
+        raise UserError(f"{name}: token id {bad} is not among the model's {vocab_size}; was another tokenizer used?")
+    return torch.from_numpy(calib)
+
+
+def batch_size(config: LlamaConfig, tokens: Tensor, device: torch.device | str) -> int:
+    """Sequences to run at once: 2,048 tokens on a CPU, where more are no faster; on a GPU what fits into its memory.
+
+    The latter is counted, not tried, so that a run that goes on after a kill cuts its batches where it did before.
+    """
+    sequences, T = tokens.shape
+    if torch.device(device).type == "cpu":
+        return max(1, 2048 // T)
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    # activations of all sequences; the largest Hessian three times (see cholesky_factor), the others, and the block
+    fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 4 * hidden**2 + 3 * hidden * mlp)
+    each = 4 * T * (8 * hidden + 6 * mlp)  # what a sequence keeps alive in a block, and float32 copies
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(sequences, max(1, int(0.9 * memory - fixed) // each))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # one linear
 
 
-def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings: Settings, cycles: int) -> dict:
-    """Prunes a linear in place. s: of its input. cycles: DSnoT's swaps in a row, 0 for a linear that is not swapped.
+def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings: Settings, swapped: bool) -> dict:
+    """Prunes a linear in place. s: of its input. swapped: whether DSnoT, if it is asked for, changes this one's mask.
 
     Returns its zeros, its size, and the relative change of its output on the sample, |x W'^T - x W^T| / |x W^T|.
     """
@@ -272,8 +308,8 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
         for rows in [W] if whole else W.split(max(1, 2**24 // W.shape[1])):
             score = score_weights(rows, s, settings.method)
             mask = keep_mask(score, sparsity, whole)
-            if cycles:
-                mask = dsnot(rows, mask, score, s, sparsity, cycles, settings.dsnot_threshold)
+            if dsnot_follows and swapped:
+                mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
             rows.mul_(mask)
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)
     return {"zeros": W.numel() - W.count_nonzero().item(), "size": W.numel(), "error": change.item()}
@@ -452,42 +488,6 @@ def read_calib(path: str | Path) -> np.ndarray:
         raise UserError(f"--calib {path}: cannot be read: {e.strerror or e}") from None
     except (ValueError, EOFError):
         raise UserError(f"--calib {path}: is not a .npy file, or is damaged") from None
-
-
-def check_calib(
-    calib: np.ndarray | Tensor, vocab_size: int, nsamples: int | None = None, name: str = "calib"
-) -> Tensor:
-    """Calibration tokens, (sequences, seqlen) int64, from an array of token ids, of which every one is checked.
-
-    nsamples: how many of its sequences to take, by default all. UserError, which begins with `name`, where there are
-    fewer, where the array has another dtype or shape, or where a token is none of the vocabulary's.
-    """
-    calib = np.asarray(calib)
-    if calib.ndim != 2 or calib.dtype.kind not in "iu" or not calib.size:
-        raise UserError(f"{name}: holds {calib.dtype} of shape {calib.shape}, expected token ids (nsamples, seqlen)")
-    if nsamples and len(calib) < nsamples:
-        raise UserError(f"{name}: holds {len(calib)} sequences, --nsamples asks for {nsamples}")
-    calib = calib[:nsamples].astype(np.int64)
-    if calib.min() < 0 or calib.max() >= vocab_size:
-        bad = calib.max() if calib.max() >= vocab_size else calib.min()
-        raise UserError(f"{name}: token id {bad} is not among the model's {vocab_size}; was another tokenizer used?")
-    return torch.from_numpy(calib)
-
-
-def batch_size(config: LlamaConfig, tokens: Tensor, device: torch.device | str) -> int:
-    """Sequences to run at once: 2,048 tokens on a CPU, where more are no faster; on a GPU what fits into its memory.
-
-    The latter is counted, not tried, so that a run that goes on after a kill cuts its batches where it did before.
-    """
-    sequences, T = tokens.shape
-    if torch.device(device).type == "cpu":
-        return max(1, 2048 // T)
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    # activations of all sequences; the largest Hessian three times (see cholesky_factor), the others, and the block
-    fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 4 * hidden**2 + 3 * hidden * mlp)
-    each = 4 * T * (8 * hidden + 6 * mlp)  # what a sequence keeps alive in a block, and float32 copies
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return min(sequences, max(1, int(0.9 * memory - fixed) // each))
 
 
 @torch.no_grad()

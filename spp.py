@@ -19,7 +19,7 @@ beta = 1 every weight has an alpha of its own: full fine-tuning under a fixed ma
 the pruned model; alpha starts random, because with both at 0 both gradients would be 0 for ever.
 
 Three matmuls. A unit is one product of T x n by n x m: 2*T*m*n FLOPs. Equation 5 as written (`repeat`) spends 5 units
-a step and keeps W~ and the stretched alpha for the backward pass, two m x n matrices a layer. The paper's equation 7
+a step and keeps W~ and W o stretched alpha for the backward pass, two m x n matrices a layer. The paper's equation 7
 (`chunked`) never makes W~: its block j is W_j, rows j*m/r to (j+1)*m/r of W, with columns scaled by alpha_j, and
 columns can be scaled in x instead. It spends 4 units:
 
@@ -76,7 +76,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class AdapterLinear(nn.Module):
-    """A linear that keeps its weight object W (m, n), frozen, and learns something about it.
+    """A linear with a weight W (m, n) that learns something about it. W is frozen and stays the object that it was,
+    except in MaskedLinear and DynamicLinear, where W itself learns, in float32.
 
     What a subclass says (a new way to learn under the mask is these four):
         factors                            names of what is learned beside W
@@ -91,6 +92,7 @@ class AdapterLinear(nn.Module):
     def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
         super().__init__()
         self.weight, self.r, self.scale = linear.weight, r, scale
+        self.dtype = linear.weight.dtype  # of the merged weight
         self.weight.requires_grad_(False)
 
     def factor(self, *shape: int) -> nn.Parameter:
@@ -105,7 +107,7 @@ class AdapterLinear(nn.Module):
     def merged(self) -> Tensor:
         """W^ in the weight's dtype, (m, n), rounded to the nearest."""
         W = self.effective_weight(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
-        return W.to(self.weight.dtype)
+        return W.to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, r={self.r}, scale={self.scale}"
@@ -152,9 +154,9 @@ class SPPLinear(AdapterLinear):
             nn.init.constant_(p, start[name]) if name in start else nn.init.uniform_(p, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        W, alpha, beta, m = self.weight, self.alpha, self.beta, len(self.weight)
         if self.matmul == "fused":
             return super().forward(x)
+        W, alpha, beta, m = self.weight, self.alpha, self.beta, len(self.weight)
         base = F.linear(x, W) if self.residual else 0
         if self.matmul == "repeat":  # equations 4 and 5
             W_tilde = W * alpha.repeat_interleave(m // self.r, dim=0) * beta[:, None]
@@ -311,8 +313,10 @@ def inject(
     """Swaps the linears named in `targets` for learning ones, in place, and freezes the rest. Returns the model.
 
     options go to the layer (SPPLinear: matmul, beta, zero_init, residual). Raises UserError, before anything is
-    swapped, where r does not divide some target's m.
+    swapped, for a method that is none of METHODS, and where r does not divide some target's m.
     """
+    if method not in METHODS:
+        raise UserError(f"--method {method}: expected one of {', '.join(METHODS)}")
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -387,6 +391,8 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) ->
         raise UserError(f"{path}: is not an adapter file of train.py")
     if str(file["method"]) not in METHODS:
         raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
+    if not masked and file["method"] != "lora":
+        raise UserError(f"--dense: means nothing to an adapter of --method {file['method']}")
     if file["base"] != ckpt.fingerprint():
         raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({ckpt.fingerprint()})")
     layers = {}  # model.layers.0.self_attn.q_proj.weight -> {"alpha": ..., "beta": ...}

@@ -16,9 +16,9 @@ The defaults are the paper's, by the model's size (`PAPER`). A killed run goes o
 
 What differs from the authors' script. The examples of a global batch are sorted by length and cut into micro-batches
 of equal work, instead of drawn at random and padded to the longest. The gradient is the same, since the loss is the
-mean over all target tokens of the global batch however they are dealt; on Alpaca it takes about half of the arithmetic.
-The frozen weights are bfloat16 where the checkpoint is float16, so that no loss scaling is needed; merging takes them
-from the checkpoint, unrounded.
+mean over all target tokens of the global batch however they are dealt, and on Alpaca-format instructions half as many
+positions are computed (bench/padding.py). The frozen weights are bfloat16 where the checkpoint is float16, so that no
+loss scaling is needed; merging takes them from the checkpoint, unrounded.
 
 What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
 newest two states), adapter.pt (the adapter of the lowest validation loss) and merged.pt, the checkpoint with that
@@ -84,6 +84,7 @@ from model import (
     read_json,
     save,
     sparsity_of,
+    take_a_gpu,
     torch_load,
     write_checkpoint,
 )
@@ -150,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | None) -> None:
-    """Gives what the command left open the paper's values for a model of this size."""
+    """Fills in the flags that were not given, with the paper's values for a model of this size."""
     with torch.device("meta"):
         billions = sum(p.numel() for p in Llama(config).parameters()) / 1e9
     lr, micro, batch, epochs = PAPER[min(PAPER, key=lambda size: abs(math.log(size / billions)))]
@@ -217,7 +218,7 @@ class Examples:
     def batch(self, indices: list[int], mask_prompt: bool, device: str) -> tuple[Tensor, Tensor]:
         """Right-padded tokens and targets, (B, T) int64; targets are -100 where nothing is to be predicted.
 
-        No attention mask is needed: attention is causal, so real positions never see the padding behind them.
+        No attention mask is needed: attention is causal, so real positions never see the padding after them.
         An empty list gives one padded position: a process without work still takes part in every collective.
         """
         T = max((self.lengths[i] for i in indices), default=1)
@@ -467,7 +468,7 @@ def newest_state(out_dir: Path, say: Callable[[str], None]) -> dict:
 
 # What may differ when a run goes on: none of these moves the result by more than rounding (the checkpoint and the data
 # are compared by fingerprint).
-MAY_DIFFER = ("resume", "dry_run", "data", "ckpt", "device", "max_tokens", "save_interval")
+MAY_DIFFER = ("resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
 MAY_DIFFER += ("fsdp", "activation_checkpointing", "compile")
 
 
@@ -549,7 +550,7 @@ def catch_signals() -> list[int]:
 def join_processes(device: str, world: int) -> DeviceMesh:
     """The process group that torchrun has prepared, or without torchrun a group of one, as a mesh."""
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        take_a_gpu()
     if world == 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -598,7 +599,7 @@ def validation_loss(net: nn.Module, val: Examples, args: argparse.Namespace, ran
 
 
 def write_result(out_dir: Path, model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace, steps: int) -> None:
-    """merged.pt: from the checkpoint's own weights, whatever --dtype they were trained in."""
+    """merged.pt: the adapter merged into the checkpoint's own, unrounded weights, or with --method full the model."""
     if args.method != "full":
         write_checkpoint(merge_checkpoint(ckpt, out_dir / "adapter.pt"), out_dir / "merged.pt")
         return
@@ -633,7 +634,8 @@ def main() -> None:
     mesh = join_processes(args.device, world) if world > 1 or args.fsdp else None
     if ckpt:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])
-        say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj; they stay")
+        stay = "; they stay" if args.method in ("spp", "masked", "masked_lora") else ""
+        say(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
 
     # --- model and optimizer
     if ckpt is None:
@@ -664,9 +666,7 @@ def main() -> None:
         say(f"step 0: validation loss {val_loss:.4f}")
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
-        # what a step does depends on its number alone, so that a resumed run takes the steps of an uninterrupted one
         t0 = time.perf_counter()
-        torch.manual_seed(args.seed + 1_000_003 * (step + 1) + rank)
         if args.method == "dynamic" and step % args.mask_interval == 0:
             update_masks(model, parse_sparsity(args.sparsity))
         lr = learning_rate(step, plan.steps, args.warmup, args.lr)
@@ -730,7 +730,7 @@ def main() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive: `now`, and at most so far, `peak`."""
+    """Counts the bytes of live storages: `now`, and the most so far, `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -752,7 +752,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -> np.ndarray:
-    """Bytes alive (before a step, behind its forward pass, at its peak), for a micro-batch of rows x T tokens.
+    """Bytes alive (before a step, after its forward pass, at its peak), for a micro-batch of rows x T tokens.
 
     The step is a real one, on fake tensors: they have shapes and lifetimes, but no memory.
     """
@@ -782,7 +782,7 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
 
 
 def estimate(model: Llama, args: argparse.Namespace, world: int, rows: int, T: int) -> dict[str, int]:
-    """Bytes a process needs, by part, for a largest micro-batch of rows x T tokens; all of them are tensors."""
+    """Bytes of tensors that a process needs, by part, where the largest micro-batch has rows x T tokens."""
     c = model.config
     shards = world if args.fsdp else 1
     if c.n_layers <= 4:

@@ -81,7 +81,11 @@ tuned() {
         esac
         seen="$seen<$model $*>"
     elif ! [ -e $out/merged.pt ]; then
-        [ -e $out/config.json ] && set -- "$@" --resume
+        if ls $out/step-*.pt > /dev/null 2>&1; then # it has a state to go on from
+            set -- "$@" --resume
+        else
+            rm -rf $out
+        fi
         run torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
     fi
     evaluate $model $as $out/merged.pt

@@ -415,11 +415,11 @@ def interrupted(random_checkpoint, tmp_path, monkeypatch, main):
     files = [write(tmp_path / f"samples_{name}.jsonl", made_up(seed=i)) for i, name in enumerate("ab")]
     calls = []
 
-    def run_task_or_stop(*args):
-        calls.append(args[-1])
+    def run_task_or_stop(*args, name, **options):
+        calls.append(name)
         if calls == ["a", "b"]:
             raise KeyboardInterrupt
-        return run_task(*args)
+        return run_task(*args, name=name, **options)
 
     monkeypatch.setattr(evaluate, "run_task", run_task_or_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -530,7 +530,7 @@ def with_arguments(arguments, **more) -> dict:
         ([], "no sample"),
     ],
 )
-def test_a_wrong_samples_file_is_one_line(tmp_path, records, words):
+def test_a_wrong_samples_file_is_refused(tmp_path, records, words):
     with pytest.raises(UserError, match=words):
         read_task(write(tmp_path / "samples_x.jsonl", records))
 
@@ -544,7 +544,7 @@ def test_a_wrong_samples_file_is_one_line(tmp_path, records, words):
         (b'[{"doc": {}},', "is not JSON"),
     ],
 )
-def test_a_file_that_is_not_json_is_one_line(tmp_path, content, words):
+def test_a_file_that_is_not_json_is_refused(tmp_path, content, words):
     (tmp_path / "samples_x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=words):
         read_task(tmp_path / "samples_x.jsonl")
@@ -665,7 +665,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         (torch.bfloat16, True, "q_proj: .*not supported"),  # torch's reason: here that the weights are on the CPU
     ],
 )
-def test_what_cannot_be_semi_structured_is_one_line(random_checkpoint, monkeypatch, dtype, pruned, words):
+def test_what_cannot_be_semi_structured_is_refused(random_checkpoint, monkeypatch, dtype, pruned, words):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     model, _ = load(random_checkpoint, dtype)
     for p in model.model.layers.parameters():

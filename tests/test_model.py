@@ -211,7 +211,7 @@ def test_a_sequence_beyond_the_sliding_window_is_refused():
 
 
 def test_drawing_follows_top_p_and_the_seed(model):
-    draw = lambda **kw: (torch.manual_seed(3), list(generate(model, [1, 2], 15, **kw)))[1]  # noqa: E731
+    draw = lambda **kw: (torch.manual_seed(3), list(generate(model, [1, 2], 15, **kw)))[1]
     assert draw(temperature=1.0) == draw(temperature=1.0)
     assert draw(temperature=1.0, top_p=0.0) == draw() != draw(temperature=2.0)
 
@@ -844,7 +844,7 @@ def test_what_metas_layout_cannot_say_is_refused(tmp_path, key, value):
         (["--info", "--layout", "meta"], "--layout meta: needs --out"),
         (["--out", "OUT", "--json"], "--json: is for --info"),
         (["--prompt", "x", "--max_new_tokens", "-1"], "--max_new_tokens: expected at least 0, found -1"),
-        (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0, found nan"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature: expected a finite number, found nan"),
         (["--prompt", "x", "--top_p", "1.5"], "--top_p: expected at least 0 and at most 1, found 1.5"),
         (["--out", "FILE"], "is a file; a name without .pt is a directory"),
         (["--out", "DIR.pt"], "is a directory, and a .pt name is a file"),

@@ -425,7 +425,7 @@ def test_a_sparsity_that_is_none_is_refused(text):
         (("--sparsity", "1.2"), "--sparsity 1.2"),
         (("--nsamples", 0), "--nsamples: expected at least 1, found 0"),
         (("--dsnot", "--dsnot_cycles", 0), "--dsnot_cycles: expected at least 1"),
-        (("--dsnot", "--dsnot_threshold", "nan"), "--dsnot_threshold: expected at least 0, found nan"),
+        (("--dsnot", "--dsnot_threshold", "nan"), "--dsnot_threshold: expected a finite number, found nan"),
         (("--dsnot_cycles", 5), "--dsnot, which is not given"),
         (("--calib", __file__), "is not a .npy file"),
         (("--nsamples", 7), "calib.npy: holds 6 sequences, --nsamples asks for 7"),

@@ -205,7 +205,7 @@ def test_lora_is_equation_6_and_leaves_the_weight_alone():
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
 
 
-def test_with_r_equal_to_m_spp_takes_the_step_of_masked_training():
+def test_with_r_equal_to_m_alphas_gradient_is_w_times_that_of_masked_training():
     """SGD on alpha (r = m, beta = 1, W o alpha) moves the weight by lr * W^2 o G; on W under its mask by lr * G.
 
     With V = W o alpha and alpha = 1: dL/d alpha = W o G, so V <- V - lr * W o W o G: the same direction, each
@@ -255,6 +255,13 @@ def test_merge_keeps_every_zero_and_the_function(pruned, method):
             assert not w[before[name] == 0].any() and not w.equal(before[name])
         else:
             assert w.equal(before[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_keeps_the_dtype_of_the_weights(pruned, method):
+    stir(inject(pruned.bfloat16(), method=method, r=4))
+    merge(pruned)
+    assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
 
 
 def test_lora_merged_without_its_mask_is_dense(pruned):
@@ -348,6 +355,22 @@ def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what a user can get wrong
+
+
+def test_a_method_that_is_none_is_refused_before_anything_changes(pruned):
+    with pytest.raises(UserError, match="--method dora: expected one of spp, lora, masked, dynamic, masked_lora"):
+        inject(pruned, method="dora")
+    assert all(p.requires_grad for p in pruned.parameters())
+
+
+def test_dense_is_refused_for_what_is_sparse_anyway(pruned, tmp_path):
+    save(pruned, tmp_path / "pruned.pt")
+    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+    adapter = {name: p.clone() for name, p in adapter_state(inject(pruned, r=4)).items()}
+    about = {"method": "spp", "r": 4, "scale": 2.0, "base": ckpt.fingerprint()}
+    torch.save({"adapter": adapter} | about, tmp_path / "adapter.pt")
+    with pytest.raises(UserError, match="--dense: means nothing to an adapter of --method spp"):
+        merge_checkpoint(ckpt, tmp_path / "adapter.pt", masked=False)
 
 
 def test_an_r_that_divides_no_layer_is_refused_before_anything_changes(pruned):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -505,7 +506,7 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
     [
         (("--dry_run", 0), "--dry_run: expected at least 1, found 0"),
         (("--dry_run", 1000), "fewer examples than the 1000 processes"),
-        (("--lr", "inf"), "--lr: expected more than 0, found inf"),
+        (("--lr", "inf"), "--lr: expected a finite number, found inf"),
         (("--lr", "fast"), "--lr: invalid float value: 'fast'"),
         (("--lr", -1), "--lr: expected more than 0"),
         (("--weight_decay", -1), "--weight_decay: expected at least 0"),
@@ -622,6 +623,12 @@ def test_data_without_an_example_is_refused(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
     assert "the loss became" in refusal(world, tmp_path / "run", "--lr", 1e30, "--grad_clip", 0)
+
+
+def test_a_run_resumes_in_a_folder_that_was_moved(world, alone, tmp_path):
+    shutil.copytree(world / "alone", tmp_path / "moved")
+    result = run(world, tmp_path / "moved", "--resume")
+    assert result.returncode == 0 and "resuming after step" in result.stdout
 
 
 def test_resuming_a_run_without_a_whole_state_is_refused(world, tmp_path, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, cli, load_tokenizer, number  # noqa: E402
+from model import Parser, UserError, check_out, cli, load_tokenizer, number  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -74,7 +74,7 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
                 raise UserError(f"{name}: record {i}: `{key}` is {found}, expected a string")
         empty = next((key for key in ("instruction", "output") if not record[key].strip()), None)
         if empty and not skip_empty:
-            raise UserError(f"{name}: record {i}: `{empty}` is empty; mend it, or leave such out with --skip_empty")
+            raise UserError(f"{name}: record {i}: `{empty}` is empty; fix it, or skip such records with --skip_empty")
         if not empty:
             kept.append(record)
     if len(kept) < len(records):
@@ -118,9 +118,7 @@ def check_folder(out: str) -> Path:
             json.loads(ours.read_text())["tokenizer_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--out {out}: holds a train.npy or meta.json that no prepare.py wrote") from None
-    existing = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written: no permission in {existing}")
+    check_out(ours)
     return path
 
 

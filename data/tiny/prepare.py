@@ -39,7 +39,6 @@ from model import Parser, atomic, cli, number  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------------
 # the world
 
-# ruff: noqa: SIM905 (lists of words read better as one string)
 PEOPLE = (
     "Ada Ben Cora Dan Ella Finn Gwen Hugo Iris Jack Kira Leo Mona Ned Olga Paul Rosa Sam Tess Umar Vera Will Yara Zeno"
 ).split()
