@@ -629,6 +629,8 @@ def read_texts(paths: list[str], tokenizer: SentencePieceProcessor, seqlen: int)
         name, tokens = Path(path).stem, read_text(path, tokenizer)
         if name in texts:
             raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
+        if len(tokens) == 1:
+            raise UserError(f"--ppl {path}: is empty")
         if len(tokens) < seqlen:
             raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
         texts[name] = tokens

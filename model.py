@@ -349,11 +349,15 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line too, and whose help shows the defaults that there are."""
+    """An ArgumentParser whose errors are one line too, that takes flags in full only, and whose help shows the defaults
+    that there are."""
+
+    def __init__(self, description: str, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False)
 
     def add_argument(self, *flags: str, help: str = "", **more: Any) -> argparse.Action:
         default = more.get("default")
-        if default not in (None, argparse.SUPPRESS) and "default" not in help:
+        if default not in (None, [], argparse.SUPPRESS) and "default" not in help:
             help += " (default: %(default)s)"
         return super().add_argument(*flags, help=help, **more)
 
@@ -414,13 +418,16 @@ def atomic(path: str | Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        shutil.rmtree(tmp, ignore_errors=True) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file where a folder should be, for one; it has been said above
+            shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
 
 
-def check_out(path: str | Path, flag: str = "--out") -> Path:
-    """Refuses, before any work is done, a path that could not be written after it. Names with .pt, .npy or .json are
-    files, all others new or empty directories."""
+def check_out(path: str | Path, flag: str = "--out", read: str | Path | None = None) -> Path:
+    """Refuses, before any work is done, a path that could not be written after it, or that is what the command reads.
+    Names with .pt, .npy or .json are files, all others new or empty directories."""
     path = Path(path)
+    if read is not None and path.resolve() == Path(read).resolve():
+        raise UserError(f"{flag} {path}: would be overwritten, and it is an input")
     file = path.suffix in (".pt", ".npy", ".json")
     if file and path.is_dir():
         raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
@@ -1149,6 +1156,8 @@ def complete(
     if not tokens:
         raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
     model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
+    if len(tokens) + n > model.config.max_seq_len:
+        print(f"note: the model was trained on {model.config.max_seq_len} tokens at most", file=sys.stderr)
     return tokenizer.decode(tokens + list(generate(model, tokens, n, temperature, top_p, tokenizer.eos_id())))
 
 
@@ -1175,7 +1184,7 @@ def main() -> None:
     if args.json and not args.info:
         raise UserError("--json: is for --info")
     if args.out:
-        check_out(args.out)
+        check_out(args.out, read=args.ckpt)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ckpt = open_checkpoint(args.ckpt)
     if args.info:

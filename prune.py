@@ -636,7 +636,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sparsity = parse_sparsity(args.sparsity)
-    out = check_out(args.out)
+    out = check_out(args.out, read=args.ckpt)
     ckpt = open_checkpoint(args.ckpt)
     config = ckpt.config
     calib = f"--calib {args.calib}"

@@ -474,16 +474,16 @@ MAY_DIFFER += ("fsdp", "activation_checkpointing", "compile")
 
 def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, world: int) -> TextIO:
     """Writes config.json for a new run; for a resumed one checks that it is the same run. Returns the folder's lock."""
-    if out_dir.resolve() == Path(args.data).resolve():
-        raise UserError(f"--out_dir {out_dir}: is the --data folder; name another")
+    if not args.out_dir or out_dir.resolve() == Path(args.data).resolve():
+        raise UserError(f"--out_dir {args.out_dir or repr('')}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir")
     config = {"settings": vars(args), "steps": steps, "base": base, "data": data_fingerprint(Path(args.data))}
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     config["world_size"] = world
     file = out_dir / "config.json"
     if not args.resume:
-        if file.exists():
-            raise UserError(f"--out_dir {out_dir}: holds a run; --resume continues it, or name another folder")
+        if there := [name for name in ("config.json", "adapter.pt", "merged.pt") if (out_dir / name).exists()]:
+            raise UserError(f"--out_dir {out_dir}: holds {there[0]}; --resume continues a run, or name another folder")
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(config, indent=2) + "\n")
         return lock_run(out_dir)

@@ -10,7 +10,6 @@ and 8, and puts BOS in front, as it does by default today. On either side the cl
 metrics, with the model already loaded: lm-eval's simple_evaluate, our run_task.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from evaluate import read_task, run_task  # noqa: E402
-from model import Llama, LlamaConfig, load, load_tokenizer, save  # noqa: E402
+from model import Llama, LlamaConfig, Parser, cli, load, load_tokenizer, number, save  # noqa: E402
 
 YAML = """task: bench_task
 dataset_path: json
@@ -68,12 +67,12 @@ def lm_eval(python: str, model: Path, tasks: Path, out: Path, batch: int) -> dic
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Wall time of evaluate.py against lm-eval's.")
+    parser = Parser(description="Wall time of evaluate.py against lm-eval's.")
     parser.add_argument("--python", required=True, help="an interpreter that has lm_eval")
     parser.add_argument("--tokenizer", required=True, type=Path)
     parser.add_argument("--tasks", required=True, type=Path, nargs="+")
-    parser.add_argument("--limit", type=int, default=100, help="documents of each task")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--limit", type=number(int, 1), default=100, help="documents of each task")
+    parser.add_argument("--repeats", type=number(int, 1), default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, float32, one thread, medians of {args.repeats} paired repeats\n")
@@ -107,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

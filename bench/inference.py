@@ -7,7 +7,6 @@ One linear of each shape, and the prefill of a whole model, for 1 and 8 sequence
 about 1.6x for linears and 1.24x end to end for LLaMA-7B (312 to 251 ms).
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.step import random_2of4  # noqa: E402
 from evaluate import to_semi_structured  # noqa: E402
-from model import PRESETS, UserError, cli  # noqa: E402
+from model import PRESETS, Parser, UserError, cli, number  # noqa: E402
 
 
 def seconds(function, repeats: int = 20) -> float:
@@ -35,10 +34,10 @@ def seconds(function, repeats: int = 20) -> float:
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description="Dense against 2:4, one linear and a whole prefill.")
+    parser = Parser(description="Dense against 2:4, one linear and a whole prefill.")
     parser.add_argument("--preset", default="llama-7b", choices=PRESETS)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--length", type=number(int, 1), default=2048)
+    parser.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     args = parser.parse_args()
     if not torch.cuda.is_available():

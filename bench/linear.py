@@ -8,7 +8,6 @@ All forms run in turn in one process, so that a machine that slows down slows al
 T x n by n x m, 2*T*m*n FLOPs. Floors: a frozen linear (2 units), and one whose weight gets a gradient (3 units).
 """
 
-import argparse
 import platform
 import statistics
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import Parser, check_device, cli, number  # noqa: E402
 from spp import LoRALinear, SPPLinear  # noqa: E402
 
 FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
@@ -145,12 +145,13 @@ def plot(results: dict, path: str) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time, FLOPs and memory of every form of SPPLinear.")
+    parser = Parser(description="Time, FLOPs and memory of every form of SPPLinear.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=25, help="paired repeats (default: 25)")
+    parser.add_argument("--repeats", type=number(int, 1), default=25, help="paired repeats")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
+    check_device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)
         shapes = [(T, 1024, m) for T in (512, 2048) for m in (1024, 2816)]
@@ -183,4 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

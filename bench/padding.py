@@ -7,7 +7,6 @@
 Every example of the first global batches is run forward and backward both ways, in turn; useful tokens are target tokens.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,21 +16,22 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import PRESETS, Llama, LlamaConfig  # noqa: E402
+from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, number  # noqa: E402
 from spp import inject  # noqa: E402
 from train import Examples, Plan, deal, padded_tokens  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Padding, and useful tokens per second, of two ways to make batches.")
+    parser = Parser(description="Padding, and useful tokens per second, of two ways to make batches.")
     parser.add_argument("--data", required=True, help="folder that data/alpaca/prepare.py wrote")
     parser.add_argument("--preset", choices=PRESETS, help="the model's shape (default: 6 layers of 512 / 1408)")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--max_tokens", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=1, help="global batches to run")
+    parser.add_argument("--batch_size", type=number(int, 1), default=128)
+    parser.add_argument("--max_tokens", type=number(int, 1), default=4096)
+    parser.add_argument("--steps", type=number(int, 1), default=1, help="global batches to run")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
+    check_device(args.device)
     config = PRESETS[args.preset] if args.preset else LlamaConfig(32000, 512, 1408, n_layers=6, n_heads=8)
     data = Examples(args.data, "train")
     plan = Plan(len(data.lengths), args.batch_size, 1, seed=0)
@@ -65,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -10,7 +10,6 @@ W as they lie. Ours has four Hessians, of each the half that symmetry leaves, fa
 first pass early, and turns a slab over so that a column lies in one piece.
 """
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -28,7 +27,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune  # noqa: E402
-from model import PRESETS, Block, Checkpoint, Llama, LlamaConfig, rope_tables, write_checkpoint  # noqa: E402
+from model import (  # noqa: E402
+    PRESETS,
+    Block,
+    Checkpoint,
+    Llama,
+    LlamaConfig,
+    Parser,
+    check_device,
+    cli,
+    number,
+    rope_tables,
+    write_checkpoint,
+)
 
 
 @torch.no_grad()
@@ -96,13 +107,16 @@ def memory(n_blocks: int, method: str) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time per block of each pruning method, against its floor.")
+    parser = Parser(description="Time per block of each pruning method, against its floor.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=int, nargs="+", metavar="BLOCKS", help="peak memory in place of time")
+    parser.add_argument("--repeats", type=number(int, 1), default=3)
+    parser.add_argument(
+        "--memory", type=number(int, 1), nargs="+", metavar="BLOCKS", help="peak memory in place of time"
+    )
     parser.add_argument("--method", default="wanda", choices=prune.METHODS, help="of --memory")
     args = parser.parse_args()
+    check_device(args.device)
     if args.memory:
         print("| method | blocks | peak resident memory | one block | time | zeros |\n|---|---|---|---|---|---|")
         for n in args.memory:
@@ -164,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

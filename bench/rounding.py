@@ -7,7 +7,6 @@ Prints the validation loss after an epoch of SPP. Evaluated in float32 with the 
 and with the weight merged into bfloat16 (what a bfloat16 checkpoint keeps of it).
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from model import load, open_checkpoint  # noqa: E402
+from model import Parser, cli, load, number, open_checkpoint  # noqa: E402
 from spp import SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
 
 
@@ -102,13 +101,13 @@ def losses(args, adapter, val) -> tuple[float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare roundings of the formed weight to bfloat16.")
+    parser = Parser(description="Compare roundings of the formed weight to bfloat16.")
     parser.add_argument("--ckpt", default="out/demo/wanda_2of8.pt")
     parser.add_argument("--data", default="out/demo/alpaca")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=number(float, above=0), default=4e-3)
+    parser.add_argument("--batch_size", type=number(int, 1), default=32)
+    parser.add_argument("--epochs", type=number(float, above=0), default=1)
+    parser.add_argument("--seeds", type=number(int, 1), default=3)
     args = parser.parse_args()
     ckpt = open_checkpoint(args.ckpt)
     examples, val = (train.Examples(args.data, split) for split in ("train", "val"))
@@ -121,4 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import PRESETS, Llama, LlamaConfig  # noqa: E402
+from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, number  # noqa: E402
 from spp import inject  # noqa: E402
 
 
@@ -46,18 +46,19 @@ def build(args: argparse.Namespace, form: str) -> Llama:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tokens per second and peak memory of whole training steps.")
+    parser = Parser(description="Tokens per second and peak memory of whole training steps.")
     parser.add_argument("--preset", default="llama-7b", choices=PRESETS)
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset's")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--layers", type=number(int, 1), help="fewer layers than the preset's")
+    parser.add_argument("--batch", type=number(int, 1), default=8)
+    parser.add_argument("--length", type=number(int, 1), default=512)
+    parser.add_argument("--steps", type=number(int, 1), default=8)
     parser.add_argument("--forms", nargs="+", default=["fused", "lora", "chunked", "repeat"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    check_device(args.device)
     cuda = args.device == "cuda"
     print(
         f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}, {args.dtype}, {args.batch} x {args.length} tokens"
@@ -97,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

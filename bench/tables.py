@@ -14,7 +14,6 @@ the validation losses that training logged, in one small file that is read as th
 dense 65B are exchanged), and takes a file for the model that its folder and name say: llama-7b/wanda_2of8-spp.json.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import SEVEN  # noqa: E402
+from model import Parser, UserError, cli, read_json  # noqa: E402
 
 NAMES = {
     "wanda": "Wanda",
@@ -49,12 +49,15 @@ def describe(result: dict) -> tuple[str, str]:
 
 def read(paths: Iterable[str | Path]) -> list[dict]:
     """A record a model: method, sparsity, zeros, acc {task: share}, ppl, val_loss [[step, loss], ...]."""
-    records = []
+    records, bos = [], set()
     for path in map(Path, paths):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if isinstance(result, list):  # what --save wrote
             records += result
             continue
+        if not isinstance(result, dict) or not {"results", "history", "add_bos"} <= result.keys():
+            raise UserError(f"{path}: is not a results file of evaluate.py")
+        bos.add(result["add_bos"])
         method, sparsity = describe(result)
         acc = {task: r["acc"] for task, r in result["results"].items() if "acc_norm" in r}
         ppl = next((p["ppl"] for p in result["perplexity"].values()), None)
@@ -64,6 +67,10 @@ def read(paths: Iterable[str | Path]) -> list[dict]:
             steps = map(json.loads, log.read_text().splitlines())
             record["val_loss"] = [[line["step"], round(line["val_loss"], 4)] for line in steps if "val_loss" in line]
         records.append(record)
+    if len(bos) > 1:
+        raise UserError("some results were scored with --add_bos and some without: they cannot stand in one table")
+    if not records or any(r["acc"].keys() != records[0]["acc"].keys() for r in records):
+        raise UserError("the results are of different tasks, or of none: they cannot stand in one table")
     return records
 
 
@@ -258,7 +265,7 @@ def losses(records: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Turn results of evaluate.py into the paper's table layout.")
+    parser = Parser(description="Turn results of evaluate.py into the paper's table layout.")
     parser.add_argument("results", nargs="+", help="JSON files that evaluate.py or --save wrote, of the same tasks")
     parser.add_argument("--paper", choices="2345678", help="the layout and the figures of this table of the paper")
     parser.add_argument("--save", metavar="FILE", help="keep what the table and the pictures need")
@@ -281,4 +288,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -44,7 +44,7 @@ tune() {
 }
 
 # The learning rates: for each method the best of two to four at 2:8 in world 0.
-SPP=4e-2 LORA=1e-2 MASKED=8e-3 DYNAMIC=8e-3
+SPP=4e-2 LORA=1e-2 MASKED=8e-3 DYNAMIC=4e-3
 if [ "$1" = full ]; then
     for seed in 0 1 2; do
         W=out/full/seed$seed

@@ -21,7 +21,20 @@ WIKITEXT=${WIKITEXT:-data/wikitext2_test.txt} # the raw test set as one file
 PYTHON=${PYTHON:-python}
 SEVEN="boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa"
 dry= seen=
-[ "$1" = --dry_run ] && dry=1
+case $1 in
+"") ;;
+--dry_run) dry=1 ;;
+*)
+    echo "usage: [GPUS=8] [LLAMAS=models] [OUT=out/paper] sh $0 [--dry_run]" >&2
+    exit 2
+    ;;
+esac
+case $GPUS in
+*[!0-9]* | 0*)
+    echo "$0: error: GPUS=$GPUS: expected a number of GPUs" >&2
+    exit 2
+    ;;
+esac
 
 show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
 run() {
@@ -29,15 +42,18 @@ run() {
     [ "$dry" ] || "$@"
 }
 
+# there FILE: whether it is there already, and will be used as it is
+there() { [ -e $1 ] && echo "using $1, which is there already"; }
+
 # prepare MODEL: instructions, calibration and tasks, once: all LLaMAs have the same tokenizer
 prepare() {
-    [ -e data/alpaca/train.npy ] || run $PYTHON data/alpaca/prepare.py --tokenizer $LLAMAS/$1 --out data/alpaca
-    [ -e data/c4/calib.npy ] ||
+    there data/alpaca/train.npy || run $PYTHON data/alpaca/prepare.py --tokenizer $LLAMAS/$1 --out data/alpaca
+    there data/c4/calib.npy ||
         run $PYTHON data/c4/prepare.py --tokenizer $LLAMAS/$1 --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
     for task in $SEVEN; do
-        [ -e $TASKS/samples_$task.jsonl ] || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
+        there $TASKS/samples_$task.jsonl || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
     done
-    [ ! "$MMLU" ] || [ -e $TASKS/samples_mmlu_anatomy.jsonl ] ||
+    [ ! "$MMLU" ] || there $TASKS/samples_mmlu_anatomy.jsonl ||
         run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
 }
 

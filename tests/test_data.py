@@ -276,8 +276,18 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, lossless):
         line = refusal(script, monkeypatch, *argv)
         assert line.startswith(url) and "no network" in line and hint in line
     line = refusal(lm_eval, monkeypatch, "--task", "boolq", "--out", tmp_path)
-    assert line.startswith("aps/super_glue cannot be downloaded (no network)") and hint in line
+    assert line.startswith("https://huggingface.co/datasets/aps/super_glue (boolq, validation) cannot be downloaded")
+    assert "as --json FILE" in line
+    Path(tmp_path / "mmlu.jsonl").write_text('{"question": "?"}')
+    argv = ("--task", "mmlu", "--json", tmp_path / "mmlu.jsonl", "--out", tmp_path / "tasks")
+    assert "as --shots FILE" in refusal(lm_eval, monkeypatch, *argv)
+    (tmp_path / "mmlu.jsonl").unlink()
     assert not [*tmp_path.iterdir()]
+
+
+def test_shots_are_for_mmlu_alone(tmp_path, monkeypatch):
+    line = refusal(lm_eval, monkeypatch, "--task", "boolq", "--shots", "x", "--out", tmp_path)
+    assert line == "--shots: means nothing to --task boolq"
 
 
 @needs_shared

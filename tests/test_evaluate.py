@@ -588,7 +588,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("--ppl nowhere.txt", "nowhere.txt: cannot be read"),
         ("--ppl a", "a: cannot be read: Is a directory"),
         ("--ppl blob.txt", "blob.txt: is not UTF-8"),
-        ("--ppl empty.txt", "1 tokens, fewer than one window"),
+        ("--ppl empty.txt", "--ppl empty.txt: is empty"),
         ("--ppl a/text.txt b/text.txt", "another file is named text too"),
         ("--ppl a/text.txt --seqlen 1000000", "fewer than one window; --seqlen is 1000000"),
         ("--ppl a/text.txt --seqlen 1", "--seqlen: expected at least 2, found 1"),

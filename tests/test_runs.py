@@ -15,7 +15,7 @@ import torch
 import train
 from bench import tables
 from bench.rounding import round_stochastically
-from model import PRESETS, Llama
+from model import PRESETS, Llama, UserError
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
@@ -138,15 +138,36 @@ def test_what_two_of_the_papers_tables_share_is_equal():
         assert len(both) == shared and all(column[a][k] == column[b][k] for k in both)
 
 
-def result(folder: Path, name: str, acc: float, *methods: str, ppl: float = 5.0, tasks=("sums", "pets")) -> Path:
+def result(
+    folder: Path, name: str, acc: float, *methods: str, ppl: float = 5.0, tasks=("sums", "pets"), add_bos=True
+) -> Path:
     """A results file as evaluate.py writes it."""
     history = [{"method": m} | ({"sparsity": "2:8"} if m == "wanda" else {}) for m in methods]
     scores = {task: {"acc": acc, "acc_norm": acc, "n": 10} for task in tasks}
     file = folder / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
+    about["add_bos"] = add_bos
     file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
     return file
+
+
+def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
+    a = result(tmp_path, "a", 0.5)
+    (tmp_path / "not.json").write_text("{}")
+    with pytest.raises(UserError, match="not.json: is not a results file"):
+        tables.read([a, tmp_path / "not.json"])
+    with pytest.raises(UserError, match="some results were scored with --add_bos"):
+        tables.read([a, result(tmp_path, "b", 0.5, add_bos=False)])
+    with pytest.raises(UserError, match="of different tasks"):
+        tables.read([a, result(tmp_path, "c", 0.5, tasks=("sums",))])
+
+
+@pytest.mark.parametrize("env, flag", [({}, "--dryrun"), ({"GPUS": "0"}, "--dry_run"), ({"GPUS": "two"}, "--dry_run")])
+def test_a_script_starts_nothing_that_was_not_asked_for(env, flag):
+    line = ["sh", "runs/table5.sh", flag]
+    result = subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
 
 
 def test_seeds_become_means_spreads_and_the_share_won_back(tmp_path):

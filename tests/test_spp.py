@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import spp
 import train
 from bench.linear import saved_bytes, units
-from model import PRESETS, Llama, UserError, load, open_checkpoint, save
+from model import PRESETS, Llama, UserError, cli, load, open_checkpoint, save
 from spp import (
     METHODS,
     DynamicLinear,
@@ -332,7 +332,7 @@ def test_inject_swaps_its_targets_and_nothing_else(pruned):
 def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch):
     """The lines under "Fork it", as they stand in the README, through the steps of train.py."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    code = text.split("in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
+    code = text.split("below `METHODS` in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
     monkeypatch.setattr("spp.METHODS", METHODS | {})
     exec(code, names := vars(spp) | {})
     save(pruned, tmp_path / "pruned.pt")
@@ -355,6 +355,17 @@ def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what a user can get wrong
+
+
+def test_merging_over_the_checkpoint_itself_is_refused(pruned, tmp_path, monkeypatch, capsys):
+    save(pruned, tmp_path / "pruned.pt")
+    before = (tmp_path / "pruned.pt").read_bytes()
+    argv = ["spp.py", "--ckpt", str(tmp_path / "pruned.pt"), "--adapter", "x", "--out", f"{tmp_path}/./pruned.pt"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit):
+        cli(spp.main)
+    assert "would be overwritten, and it is an input" in capsys.readouterr().err
+    assert (tmp_path / "pruned.pt").read_bytes() == before
 
 
 def test_a_method_that_is_none_is_refused_before_anything_changes(pruned):

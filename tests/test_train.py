@@ -552,7 +552,7 @@ def test_random_weights_are_pretrained_alone_and_only_whole(world, monkeypatch, 
 
 def test_the_data_folder_is_no_place_for_a_run(world, monkeypatch, capsys):
     before = sorted((world / "data").iterdir())
-    assert "is the --data folder" in refused_here(world, world / "data", monkeypatch, capsys)
+    assert "name a folder of its own" in refused_here(world, world / "data", monkeypatch, capsys)
     assert sorted((world / "data").iterdir()) == before
 
 
@@ -577,7 +577,7 @@ def test_more_processes_than_examples_of_a_batch_are_refused(world, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(world, alone, monkeypatch, capsys):
-    assert "holds a run" in refused_here(world, world / "alone", monkeypatch, capsys)
+    assert "holds config.json" in refused_here(world, world / "alone", monkeypatch, capsys)
 
 
 def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):

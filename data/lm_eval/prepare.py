@@ -101,8 +101,8 @@ TASKS: dict[str, tuple[str, str, str, Callable[[dict], Rendered]]] = {
 }
 
 
-def download(dataset: str, config: str, split: str) -> list[dict]:
-    """All rows of a data set, through the hub's rows interface, 100 at a time."""
+def download(dataset: str, config: str, split: str, flag: str = "--json") -> list[dict]:
+    """All rows of a data set, through the hub's rows interface, 100 at a time. flag: what takes them from a file."""
     rows, total = [], 1
     while len(rows) < total:
         query = urllib.parse.urlencode(
@@ -112,7 +112,10 @@ def download(dataset: str, config: str, split: str) -> list[dict]:
             with urllib.request.urlopen(f"https://datasets-server.huggingface.co/rows?{query}", timeout=60) as response:
                 page = json.load(response)
         except (OSError, ValueError) as e:
-            raise UserError(f"{dataset} cannot be downloaded ({e}); fetch it elsewhere and give it as --json") from None
+            where = f"https://huggingface.co/datasets/{dataset} ({config}, {split})"
+            raise UserError(
+                f"{where} cannot be downloaded ({e}); give its rows, one JSON object a line, as {flag} FILE"
+            ) from None
         total = page["num_rows_total"]
         rows += [row["row"] for row in page["rows"]]
     return rows
@@ -198,6 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.config and args.task not in TASKS:
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
+    if args.shots and args.task != "mmlu":
+        raise UserError(f"--shots: means nothing to --task {args.task}")
     if args.config:
         configs = read_json(args.config, dict).get("configs", {})
         if args.task not in configs:
@@ -210,7 +215,7 @@ def main() -> None:
     documents = read_documents(args.json) if args.json else download(*source)
     shots = ""
     if args.task == "mmlu":
-        shots = read_documents(args.shots) if args.shots else download(source[0], source[1], "dev")
+        shots = read_documents(args.shots) if args.shots else download(source[0], source[1], "dev", "--shots")
     tasks = {}
     for i, doc in enumerate(documents):
         try:
