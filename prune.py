@@ -38,6 +38,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -582,8 +583,8 @@ def finish(work: Path, out: Path, ckpt: Checkpoint, entry: dict, report: list[di
         tmp.write_text(json.dumps({**entry, "kinds": summary(report), "layers": report}, indent=2) + "\n")
     if out.suffix == ".pt":
         write_checkpoint(open_hf(work), work / out.name)  # in here, where what a killed run leaves goes with the rest
-        (work / "prune.json").replace(report_file(out))
-        (work / out.name).replace(out)
+        os.replace(work / "prune.json", report_file(out))
+        os.replace(work / out.name, out)
         shutil.rmtree(work)
         return
     for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):  # .tmp: a killed run's
