@@ -675,20 +675,20 @@ def main() -> None:
 
         # the gradient of the mean over all target tokens of the global batch; DDP and FSDP take the mean over the
         # processes where we want the sum, hence the factor
-        mine = deal(plan[step], train.lengths, args.max_tokens, world)[rank]
+        micro_batches = deal(plan[step], train.lengths, args.max_tokens, world)[rank]
         n_targets = max(1, sum(train.n_targets(i, args.mask_prompt) for i in plan[step]))
-        batches = (train.batch(indices, args.mask_prompt, args.device) for indices in mine)
-        loss = accumulate(net, batches, len(mine), world / n_targets)
+        batches = (train.batch(indices, args.mask_prompt, args.device) for indices in micro_batches)
+        loss = accumulate(net, batches, len(micro_batches), world / n_targets)
         grad_norm = nn.utils.clip_grad_norm_(trainable(model), args.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         optimizer.step()
         optimizer.zero_grad()
 
         # what all processes must agree on, in one collective: the loss, and whether any was asked to stop
-        shared = torch.stack([loss, loss.new_tensor(len(stop))])
+        sums = torch.stack([loss, loss.new_tensor(len(stop))])
         if mesh:
-            dist.all_reduce(shared)
-        loss, stopping = shared[0].item() / n_targets, shared[1].item() > 0
+            dist.all_reduce(sums)
+        loss, stopping = sums[0].item() / n_targets, sums[1].item() > 0
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {step + 1}: a lower --lr, or --dtype float32, may help")
         speed = n_targets / (time.perf_counter() - t0)
