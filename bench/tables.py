@@ -154,6 +154,8 @@ def beside_paper(paths: list[str], paper: dict) -> str:
         if all(task in record["acc"] for task in SEVEN):
             values["average"] = statistics.fmean(values[task] for task in SEVEN)
         ours.setdefault(f"{path.parent.name}/{path.stem}", {}).update(values)
+    if not ours.keys() & paper["rows"].keys():
+        raise UserError(f"no file is a row of this table, such as {next(iter(paper['rows']))}.json")
     lines = [["ours / paper's", *columns]]
     for name, figures in paper["rows"].items():
         mine = [ours.get(name, {}).get(column) for column in columns]

@@ -163,6 +163,11 @@ def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
         tables.read([a, result(tmp_path, "c", 0.5, tasks=("sums",))])
 
 
+def test_results_of_other_models_than_the_tables_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no file is a row of this table, such as llama-\S+.json"):
+        tables.beside_paper([result(tmp_path, "mine", 0.5)], PAPER["5"])
+
+
 @pytest.mark.parametrize("env, flag", [({}, "--dryrun"), ({"GPUS": "0"}, "--dry_run"), ({"GPUS": "two"}, "--dry_run")])
 def test_a_script_starts_nothing_that_was_not_asked_for(env, flag):
     line = ["sh", "runs/table5.sh", flag]
