@@ -790,15 +790,11 @@ def check_outputs(args: argparse.Namespace, tasks: list[str]) -> None:
     """Refuses, before any work is done, outputs that cannot be written or would replace an input."""
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: must end in .json")
-    outputs = {"--out": [check_out(args.out)]}
+    inputs = args.tasks + args.ppl
+    check_out(args.out, inputs=inputs)
     if args.log_samples:
-        outputs["--log_samples"] = [samples_file(args.log_samples, name) for name in tasks]
-        check_out(Path(args.log_samples) / "samples.json", "--log_samples")
-    inputs = {Path(path).resolve() for path in args.tasks + args.ppl}
-    for flag, paths in outputs.items():
-        for path in paths:
-            if path.resolve() in inputs:
-                raise UserError(f"{flag}: {path} would be overwritten, and it is an input")
+        for name in tasks:
+            check_out(samples_file(args.log_samples, name), "--log_samples", inputs)
 
 
 def join_processes(device: str) -> None:

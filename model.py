@@ -34,7 +34,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -422,13 +422,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
 
 
-def check_out(path: str | Path, flag: str = "--out", read: str | Path | None = None) -> Path:
-    """Refuses, before any work is done, a path that could not be written after it, or that is what the command reads.
-    Names with .pt, .npy or .json are files, all others new or empty directories."""
+def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:
+    """Refuses, before any work is done, a path that could not be written after it, or that is one of the command's
+    inputs. Names with .pt, .npy, .json or .jsonl are files, all others new or empty directories."""
     path = Path(path)
-    if read is not None and path.resolve() == Path(read).resolve():
+    if path.resolve() in [Path(p).resolve() for p in inputs]:
         raise UserError(f"{flag} {path}: would be overwritten, and it is an input")
-    file = path.suffix in (".pt", ".npy", ".json")
+    file = path.suffix in (".pt", ".npy", ".json", ".jsonl")
     if file and path.is_dir():
         raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
     if not file and path.is_file():
@@ -1184,7 +1184,7 @@ def main() -> None:
     if args.json and not args.info:
         raise UserError("--json: is for --info")
     if args.out:
-        check_out(args.out, read=args.ckpt)
+        check_out(args.out, inputs=[args.ckpt])
     dtype = getattr(torch, args.dtype) if args.dtype else None
     ckpt = open_checkpoint(args.ckpt)
     if args.info:

@@ -637,7 +637,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sparsity = parse_sparsity(args.sparsity)
-    out = check_out(args.out, read=args.ckpt)
+    out = check_out(args.out, inputs=[args.ckpt])
     ckpt = open_checkpoint(args.ckpt)
     config = ckpt.config
     calib = f"--calib {args.calib}"

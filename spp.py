@@ -428,7 +428,7 @@ def main() -> None:
     add("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
     add("--dense", action="store_true", help="LoRA only: do not apply the mask to the merged weight")
     args = parser.parse_args()
-    check_out(args.out, read=args.ckpt)
+    check_out(args.out, inputs=[args.ckpt])
     write_checkpoint(merge_checkpoint(open_checkpoint(args.ckpt), args.adapter, not args.dense), args.out)
     print(f"wrote {args.out}")
 

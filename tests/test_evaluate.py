@@ -601,7 +601,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("--ppl a/text.txt --ckpt no_tokenizer.pt", "no_tokenizer.pt: has no tokenizer"),
         ("--ppl a/text.txt --out results.txt", "must end in .json"),
         ("--ppl a/text.txt --out blob.txt/r.json", "--out blob.txt/r.json: cannot be written"),
-        ("--tasks samples_t.jsonl --log_samples blob.txt", "--log_samples blob.txt/samples.json: cannot be written"),
+        ("--tasks samples_t.jsonl --log_samples blob.txt", "--log_samples blob.txt/samples_t.jsonl: cannot be written"),
         ("--tasks samples_t.json --out samples_t.json", "would be overwritten"),
         ("--tasks samples_t.jsonl --log_samples .", "would be overwritten"),
     ],
