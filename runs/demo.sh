@@ -91,7 +91,7 @@ trap 'exit 130' INT TERM
 chain wanda
 echo && echo "waiting for SparseGPT" && wait $other || { cat $W/sparsegpt.log && exit 1; }
 grep '\$ python' $W/sparsegpt.log
-run python bench/tables.py $W/results_*.json --svg $W/demo.svg
+run python bench/tables.py $W/results_*.json --recovered $W/recovered.svg
 cat <<'END'
 
 With a real LLaMA it is the same (the data first: see the README):

@@ -1,10 +1,9 @@
-"""runs/ and bench/tables.py: every command of the paper's scripts is a real one, and the tables add up."""
+"""runs/: every command of the paper's scripts is a real one, and their figures follow from their assumptions."""
 
 import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,8 @@ import pytest
 import torch
 
 import train
-from bench import tables
 from bench.rounding import round_stochastically
-from model import PRESETS, Llama, UserError
+from model import PRESETS, Llama
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
@@ -119,87 +117,11 @@ def test_gpu_hours_in_the_scripts_follow_from_their_assumptions(commands):
         assert int(counted[1]) == len(trainings(lines))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# bench/tables.py
-
-
-def test_the_papers_averages_are_the_means_of_its_tasks():
-    for number in "257":
-        for name, figures in PAPER[number]["rows"].items():  # 39.116 is printed as 39.11
-            assert statistics.fmean(figures[:7]) == pytest.approx(figures[7], abs=0.0063), (number, name)
-
-
-def test_what_two_of_the_papers_tables_share_is_equal():
-    column = {
-        n: {k: v[t["columns"].index("average")] for k, v in t["rows"].items()} for n, t in PAPER.items() if n != "6"
-    }
-    for a, b, shared in (("3", "5", 4), ("4", "8", 8), ("2", "4", 4), ("2", "8", 4)):
-        both = column[a].keys() & column[b].keys()
-        assert len(both) == shared and all(column[a][k] == column[b][k] for k in both)
-
-
-def result(
-    folder: Path, name: str, acc: float, *methods: str, ppl: float = 5.0, tasks=("sums", "pets"), add_bos=True
-) -> Path:
-    """A results file as evaluate.py writes it."""
-    history = [{"method": m} | ({"sparsity": "2:8"} if m == "wanda" else {}) for m in methods]
-    scores = {task: {"acc": acc, "acc_norm": acc, "n": 10} for task in tasks}
-    file = folder / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
-    about["add_bos"] = add_bos
-    file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
-    return file
-
-
-def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
-    a = result(tmp_path, "a", 0.5)
-    (tmp_path / "not.json").write_text("{}")
-    with pytest.raises(UserError, match="not.json: is not a results file"):
-        tables.read([a, tmp_path / "not.json"])
-    with pytest.raises(UserError, match="some results were scored with --add_bos"):
-        tables.read([a, result(tmp_path, "b", 0.5, add_bos=False)])
-    with pytest.raises(UserError, match="of different tasks"):
-        tables.read([a, result(tmp_path, "c", 0.5, tasks=("sums",))])
-
-
-def test_results_of_other_models_than_the_tables_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no file is a row of this table, such as llama-\S+.json"):
-        tables.beside_paper([result(tmp_path, "mine", 0.5)], PAPER["5"])
-
-
 @pytest.mark.parametrize("env, flag", [({}, "--dryrun"), ({"GPUS": "0"}, "--dry_run"), ({"GPUS": "two"}, "--dry_run")])
 def test_a_script_starts_nothing_that_was_not_asked_for(env, flag):
     line = ["sh", "runs/table5.sh", flag]
     result = subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
-
-
-def test_seeds_become_means_spreads_and_the_share_won_back(tmp_path):
-    files = []
-    for seed, (dense, pruned, tuned) in enumerate(((1.0, 0.5, 0.7), (0.9, 0.4, 0.8))):
-        folder = tmp_path / str(seed)
-        files += [result(folder, "dense", dense, "full"), result(folder, "wanda", pruned, "full", "wanda")]
-        files += [result(folder, "spp", tuned, "full", "wanda", "spp")]
-        (folder / "spp").mkdir()
-        (folder / "spp" / "log.jsonl").write_text('{"step": 0, "val_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
-    rows = tables.rows_of(tables.read(files))
-    assert [r["method"] for r in rows] == ["dense", "Wanda", "Wanda + SPP"]
-    assert rows[2]["won back"] == pytest.approx((0.75 - 0.45) / (0.95 - 0.45))
-    text = tables.table(rows)
-    assert "75.0 ±7.1" in text and "60%" in text and "5.00 ±0.00" in text
-    saved = tmp_path / "saved.json"
-    saved.write_text(json.dumps(tables.read(files)))
-    assert tables.rows_of(tables.read([saved])) == rows
-    for picture in (tables.svg(rows), tables.recovered(rows), tables.losses(tables.read([saved]))):
-        assert picture.startswith("<svg") and picture.endswith("</svg>\n")
-
-
-def test_results_stand_beside_the_papers(tmp_path):
-    files = [result(tmp_path / "llama-7b", "wanda_2of8-spp", 0.4, "wanda", "spp", ppl=40.0, tasks=tables.SEVEN)]
-    text = tables.beside_paper(files, PAPER["3"])
-    assert re.search(r"llama-7b/wanda_2of8-spp +40.00 / 38.61 +40.00 / 42.07", text)
-    assert re.search(r"llama-7b/wanda_2of8 +- / 32.53 +- / 3284.43", text)
 
 
 def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16_values():
