@@ -170,15 +170,15 @@ def test_what_has_no_bars_or_no_curves_is_refused(tmp_path):
 
 
 def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path, monkeypatch):
-    """Their letters, and all that is drawn in the axes; elsewhere versions of matplotlib space letters differently."""
+    """Letters, colours and all that is drawn in the axes; outside them versions of matplotlib place letters differently."""
     flags = [f"--{name}={tmp_path / name}.svg" for name in ("recovered", "losses")]
     monkeypatch.setattr(sys, "argv", ["tables.py", str(DEMO), *flags])
     tables.main()
     for name in ("recovered", "losses"):
-        drawn, committed = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "assets"))
-        letters = [re.findall(r">([^<>]+)</text>", svg) for svg in (drawn, committed)]
+        both = [(folder / f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "assets")]
+        letters = [re.findall(r">([^<>]+)</text>|(?:fill|stroke): (#\w+)", svg) for svg in both]
         assert letters[0] == letters[1] and len(letters[0]) > 10
-        paths = [" ".join(re.findall(r'd="([^"]+)" clip-path', svg)) for svg in (drawn, committed)]
+        paths = [" ".join(re.findall(r'd="([^"]+)" clip-path', svg)) for svg in both]
         numbers = [[float(x) for x in re.findall(r"[\d.]+", path)] for path in paths]
         assert numbers[0] == pytest.approx(numbers[1], abs=0.01) and len(numbers[0]) > 100
 
