@@ -1,13 +1,20 @@
-"""What the README promises: it names only what exists, and what it shows is what the code does."""
+"""What the README promises: it names only what exists, what it shows is what the code does, and its figures are those
+that the committed results and the code give."""
 
+import json
+import os
 import re
+import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from test_runs import linears, script
 
-from model import load
-from spp import METHODS
+from bench import linear, tables
+from model import PRESETS, Llama, load
+from spp import METHODS, inject
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,3 +75,179 @@ def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load("merged.pt")
     zeros = [(p == 0).float().mean().item() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
     assert zeros == pytest.approx([0.5] * len(zeros)) and tokenizer is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def rows_under(header: str) -> list[list[str]]:
+    """The cells of the table whose header line begins so."""
+    lines = README[README.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[tuple, list[dict]]:
+    """(method, sparsity) -> its results in worlds 0, 1 and 2."""
+    found = {}
+    for record in json.loads((ROOT / "assets" / "demo-full.json").read_text()):
+        record["average"] = 100 * statistics.fmean(record["acc"].values())
+        found.setdefault((record["method"], record["sparsity"]), []).append(record)
+    assert all(len(records) == 3 and len(records[0]["acc"]) == 6 for records in found.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def average(worlds):
+    return {key: statistics.fmean(r["average"] for r in records) for key, records in worlds.items()}
+
+
+def test_every_cell_of_the_accuracy_table_is_that_of_the_committed_results(worlds):
+    def cell(method: str, sparsity: str, what: str, digits: int) -> str:
+        values = [record[what] for record in worlds.get((method, sparsity), [])]
+        return f"{statistics.fmean(values):.{digits}f} ±{statistics.stdev(values):.{digits}f}" if values else ""
+
+    rows = rows_under("| | dense | 0.5 |")
+    methods = [re.sub(r" \(eq. \d\)", "", name) for name, *_ in rows]
+    assert set(methods) == {method for method, _ in worlds} and len(methods) == 10
+    assert methods[0] == "dense" and rows[0][6:] == [cell("dense", "dense", "ppl", 2).split()[0]] * 2
+    for method, (_, *cells) in zip(methods, rows, strict=True):
+        accuracies = [cell(method, sparsity, "average", 1) for sparsity in ("dense", "0.5", "2:4", "0.75", "2:8")]
+        assert cells[:5] == accuracies, method
+        if method != "dense":
+            assert cells[5:] == [cell(method, sparsity, "ppl", 2) for sparsity in ("0.75", "2:8")], method
+
+
+def test_what_is_won_back_at_75_percent_is_that_of_the_committed_results(average):
+    text = " ".join(README.split())
+    for method, verb in (("SPP", "SPP wins back"), ("LoRA*", r"lost, LoRA\*")):
+        shares = []
+        for pruned in [(pruner, sparsity) for pruner in ("Wanda", "SparseGPT") for sparsity in ("0.75", "2:8")]:
+            lost = average["dense", "dense"] - average[pruned]
+            shares.append((average[f"{pruned[0]} + {method}", pruned[1]] - average[pruned]) / lost)
+        assert re.search(verb + r" (\d+% to \d+%)", text)[1] == f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def test_what_is_said_of_2_of_4_and_of_the_other_methods_holds(worlds, average):
+    spread = statistics.stdev(r["average"] for r in worlds["Wanda + SPP", "2:4"])
+    assert 0 <= average["Wanda + LoRA*", "2:4"] - average["Wanda + SPP", "2:4"] < spread
+    assert abs(average["SparseGPT + SPP", "2:4"] - average["SparseGPT", "2:4"]) < 0.5
+    for sparsity in ("0.75", "2:8"):
+        order = ("masked", "masked LoRA", "SPP", "dynamic")
+        accuracies = [average[f"Wanda + {method}", sparsity] for method in order]
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert max(abs(a - accuracies[2]) for a in accuracies) < 2
+
+
+def test_the_demos_rows_are_those_of_world_0(worlds):
+    """`make demo` is world 0 of `make demo-full`, with SPP alone."""
+    methods = ("dense", "Wanda", "Wanda + SPP", "SparseGPT", "SparseGPT + SPP")
+    first = [records[0] for (method, _), records in worlds.items() if method in methods]
+    rows = tables.table(tables.rows_of(first)).splitlines()
+    shown = re.search(r"```\n(method .*?)\n```", README, re.S)[1].splitlines()
+    assert shown == [row for row in rows if re.match(r"method|dense|Wanda.* (2:4|0.75|2:8) ", row)]
+    assert len(shown) == 8 and len(rows) == 1 + int(re.search(r"Of its (\d+) rows", README)[1])
+
+
+def file_name(method: str, sparsity: str) -> str:
+    """("Wanda + LoRA*", "2:8") as runs/demo.sh names its results: wanda_2of8-lora."""
+    pruner, *tuned = method.lower().replace("*", "").replace("masked lora", "masked_lora").split(" + ")
+    return "-".join([pruner if sparsity == "dense" else f"{pruner}_{sparsity.replace(':', 'of')}", *tuned])
+
+
+@pytest.mark.parametrize("how", ["", "full"])
+def test_the_demo_evaluates_what_its_table_shows(how, worlds, tmp_path):
+    """runs/demo.sh with a python that does nothing."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nmkdir -p out/demo\n")
+    fake.chmod(0o755)
+    env = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    line = ["sh", str(ROOT / "runs" / "demo.sh"), *how.split()]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    evaluated = re.findall(r"\$ python evaluate.py .*/results_(.*).json", done.stdout)
+    if how:
+        assert sorted(evaluated) == sorted(3 * [file_name(*key) for key in worlds])
+    else:
+        assert len(set(evaluated)) == len(evaluated) == int(re.search(r"Of its (\d+) rows", README)[1])
+
+
+def test_gpu_hours_and_trainings_are_those_of_the_scripts():
+    rows = rows_under("| | models | trainings |")
+    models = {}
+    for table, named, trainings, hours in rows:
+        number = table[len("Table ")]
+        header = (ROOT / f"runs/table{number}.sh").read_text().replace("\n# ", " ")
+        counts = [int(re.match(r"\d+", cell)[0]) for cell in (trainings, hours)]
+        assert "{} trainings; about {} A100 GPU-hours".format(*counts) in header, table
+        models[number] = re.search(r"MODELS:-(.*)}", header)[1].split()
+        sizes = [model.split("-")[-1].upper() for model in models[number]]
+        if number != "6":
+            shown = [sizes[0], sizes[-1]] if " to " in named else sizes
+            assert re.findall(r"\d+B", named) == shown and ("LLaMA-2" in named) == (number == "7"), table
+    assert [table[:7] for table, *_ in rows] == [f"Table {number}" for number in range(2, 9)]
+    assert models["6"] == models["2"] + models["7"]
+    trainings = {table[6]: cell for table, _, cell, _ in rows}
+    assert trainings["6"] == f"{int(trainings['2']) + int(trainings['7'])} (those of 2 and 7)"
+
+
+def test_table_6_takes_its_evaluations_alone_after_tables_2_and_7():
+    """MMLU's 2.6 million tokens, 2 FLOPs a weight, 40% of 312 TFLOP/s: the assumptions of runs/paper.sh."""
+    models = [re.search(r"/(llama-[\w-]+)/", line[-1])[1] for line in script("6") if "evaluate.py" in line]
+    weights = sum(models.count(model) * linears(model) for model in set(models))
+    hours = weights * 2 * 2.6e6 / (0.4 * 312e12) / 3600
+    assert f"; {hours:.0f} after Tables 2 and 7 |" in README
+
+
+def test_sizes_are_those_of_the_presets():
+    def size(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):
+        llama = {name: Llama(PRESETS[name]) for name in ("llama-7b", "llama-65b", "llama-2-70b")}
+    text = " ".join(README.split())
+    assert f"65B in bfloat16 is {2 * size(llama['llama-65b']) / 1e9:.0f} GB" in text
+    assert f"block shapes in bfloat16 ({2 * size(llama['llama-2-70b'].model.layers[0]) / 1e9:.2f} GB each)" in text
+    hessian = 4 * PRESETS["llama-2-70b"].intermediate_size ** 2  # float32, inputs x inputs
+    assert f"whose Hessian of down_proj alone is {hessian / 1e9:.1f} GB" in text
+    inject(llama["llama-7b"], r=16)
+    learned = sum(p.numel() for p in llama["llama-7b"].parameters() if p.requires_grad)
+    assert f"with r = 16 it learns {learned / size(llama['llama-7b']):.2%} of a 7B model" in text
+
+
+def test_units_and_bytes_kept_of_a_layer_are_as_counted():
+    """And its times' ratios as divided."""
+    shape = re.search(r"T = ([\d,]+) tokens, n = ([\d,]+), m = ([\d,]+)", README.replace("\n", " ")).groups()
+    T, n, m = (int(size.replace(",", "")) for size in shape)
+    x, g = torch.randn(T, n, requires_grad=True), torch.randn(T, m)
+    rows = rows_under("| | units | kept / mn |")
+    floor = float(rows[1][3])
+    for form, (_, units, kept, ms, ratio) in zip(linear.FORMS, rows, strict=True):
+        layer = linear.make(form, m, n, torch.float32, "cpu")
+        assert units == f"{linear.units(layer, x, g):.2f}", form
+        assert kept == f"{linear.saved_bytes(layer, x) / (4 * m * n):.3f}", form
+        assert ratio == f"{float(ms) / floor:.2f}", form
+
+
+def test_ratios_to_lm_eval_are_those_of_the_times():
+    rows = rows_under("| task | documents |")
+    assert len(rows) == 3
+    for task, _, *times, ratio in rows:
+        ours, *theirs = (float(time.removesuffix(" s")) for time in times)
+        # the ratio is that of the times before they were rounded to 0.1 s
+        assert (min(theirs) - 0.05) / (ours + 0.05) <= float(ratio) <= (min(theirs) + 0.05) / (ours - 0.05), task
+
+
+def test_requirements_are_those_named():
+    names = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert set(names) == {"torch", "numpy", "sentencepiece", "tqdm"}
+    assert "PyTorch, NumPy, sentencepiece, tqdm, nothing else" in " ".join(README.split())
+    loads = re.search(r"transformers ([\d.]+) loads it", README)[1]
+    assert f"transformers=={loads}." in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_dynamic_masks_change_as_often_as_is_said():
+    default = re.search(r'"--mask_interval".*?default=(\d+)', (ROOT / "train.py").read_text(), re.S)[1]
+    assert f"a new mask every {default} steps" in README
