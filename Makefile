@@ -1,4 +1,4 @@
-# `make demo`, `make demo-full` and `make test` do everything on a fresh machine: each makes .venv first.
+# `make demo`, `make demo-full`, `make test` and `make stress` do everything on a fresh machine: each makes .venv first.
 PY := .venv/bin/python
 
 .venv/run: requirements.txt
@@ -21,4 +21,7 @@ test: .venv/dev
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
-.PHONY: demo demo-full test
+stress: .venv/dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m stress
+
+.PHONY: demo demo-full test stress

@@ -49,38 +49,48 @@ the model's dtype before it compares them; here they stay float32.
 import argparse
 import ast
 import dataclasses
-import hashlib
 import io
 import json
 import math
-import os
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.checkpoint import (
+    VERSION,
+    UserError,
+    atomic,
+    check_out,
+    check_version,
+    digest,
+    lock,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    write_json,
+)
+from data.tokenizer import Tokenizer
 from model import (
     Llama,
     Parser,
-    UserError,
     add_device,
-    atomic,
     check_device,
-    check_out,
     cli,
+    count_zeros,
+    cut_into_batches,
+    join_processes,
     load,
-    load_tokenizer,
     number,
-    open_checkpoint,
-    read_json,
+    open_llama,
     rope_tables,
-    take_a_gpu,
+    tokenizer_of,
 )
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
@@ -156,9 +166,7 @@ def read_tasks(paths: list[str]) -> dict[str, list[Document]]:
 def read_utf8(path: str | Path) -> str:
     """The text of a file, its line ends as they are. UserError where it cannot be read."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
 
@@ -166,18 +174,13 @@ def read_utf8(path: str | Path) -> str:
 def read_records(path: Path) -> list[tuple[str, dict]]:
     """lm-eval's records, each with its place in the file, for messages: one on each line, or one JSON array
     (until 0.4.2)."""
-    text = read_utf8(path)
-    places, where = [], str(path)
-    try:
-        if text.startswith("["):
-            places = [(f"{path}: sample {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        else:
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"{path}: line {i}"
-                if line.strip():
-                    places.append((where, json.loads(line)))
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is not JSON; expected a whole samples file, a JSON object on each line") from None
+    # A document may hold half of a surrogate pair where nothing is scored; what is scored, `is_text` looks at.
+    data = read_bytes(path)
+    if data.startswith(b"["):
+        records = enumerate(parse_json(data, path, list, surrogates=True), 1)
+        places = [(f"{path}: sample {i}", record) for i, record in records]
+    else:
+        places = list(read_json_lines(path, surrogates=True))
     for where, record in places:
         if not isinstance(record, dict) or not isinstance(record.get("doc"), dict) or "arguments" not in record:
             raise UserError(f"{where} is not a sample of lm-eval's (no `doc` or `arguments`)")
@@ -260,17 +263,16 @@ def read_gold(document: Document, where: str) -> set[int]:
 Request = tuple[list[int], list[int]]
 
 
-def bos_id(tokenizer: SentencePieceProcessor) -> int:
+def bos_id(tokenizer: Tokenizer) -> int:
     """The BOS token. UserError where the tokenizer has none."""
-    if tokenizer.bos_id() < 0:
+    if tokenizer.bos is None:
         raise UserError("the tokenizer has no BOS, which --add_bos, --ppl, rolling tasks and empty contexts need")
-    return tokenizer.bos_id()
+    return tokenizer.bos
 
 
-def encode_pair(
-    tokenizer: SentencePieceProcessor, context: str, continuation: str, add_bos: bool, max_len: int
-) -> Request:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool, max_len: int) -> Request:
     """The request of one choice, its input at most max_len tokens. UserError where the continuation has no token."""
+    # Tokens such as "▁the" begin with their space: what a context ends in belongs to the word that follows.
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
     c = tokenizer.encode(context) if context else []
@@ -279,6 +281,7 @@ def encode_pair(
         raise UserError(f"the choice {continuation!r} after {context[-40:]!r} has no tokens: nothing can be scored")
     if add_bos or not c:  # without a context BOS predicts the first token
         c = [bos_id(tokenizer), *c]
+    # The last target is predicted, but predicts nothing: it is no input. What does not fit goes from the left.
     return (c + t)[-(max_len + 1) :][:-1], t[-max_len:]
 
 
@@ -296,8 +299,10 @@ def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Request]:
 def common_prefix(sequences: list[list[int]]) -> int:
     """How many tokens all sequences begin with."""
     first, last = min(sequences), max(sequences)  # in lexicographic order: what these two share, all share
-    pairs = zip(first, last, strict=False)  # they may differ in length
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sequences)))
+    n = 0
+    while n < min(len(first), len(last)) and first[n] == last[n]:
+        n += 1
+    return n
 
 
 def shared_prefix(requests: list[list[Request]]) -> int:
@@ -315,7 +320,7 @@ class Row:
     tokens: list[int]
     positions: list[int]
     branch: list[int]  # of each token: 0 in the trunk, k in the branch of the k-th choice
-    at: list[list[int]]  # of each choice: where in the row its targets are predicted
+    logit_index: list[list[int]]  # of each choice: the places in the row whose logits predict its targets
     targets: list[list[int]]  # of each choice: its targets, as many
 
 
@@ -325,12 +330,12 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
     share=False: no trunk, every branch is a whole input. That is what lm-eval computes, for comparison.
     """
     inputs = [tokens for tokens, _ in requests]
-    trunk = common_prefix(inputs) if share else skip
+    trunk = common_prefix(inputs) if share else skip  # its length, the skipped tokens counted
     row = Row(inputs[0][skip:trunk], list(range(skip, trunk)), [0] * (trunk - skip), [], [])
     for k, (tokens, targets) in enumerate(requests, 1):
-        start = len(row.tokens)
+        start = len(row.tokens)  # where this branch begins
         predicting = range(len(tokens) - len(targets), len(tokens))  # positions in the input; some may be in the trunk
-        row.at.append([p - skip if p < trunk else start + p - trunk for p in predicting])
+        row.logit_index.append([p - skip if p < trunk else start + p - trunk for p in predicting])
         row.targets.append(targets)
         row.tokens += tokens[trunk:]
         row.positions += range(trunk, len(tokens))
@@ -343,24 +348,12 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
 
 
 Score = tuple[float, bool]  # of a choice: log p(targets | input) in nats; whether each target is the likeliest token
-Cache = list[list[Tensor]]  # of each layer: keys and values (B, n_kv_heads, tokens, head_dim), see `Llama.hidden`
+Cache = list[list[Tensor]]  # of each layer: keys and values (B, key-value heads, tokens, head_dim), see `Llama.hidden`
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are: (0, 1) unless torchrun started them."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def batches(rows: list[Row], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most batch_tokens tokens, padding counted, or of one row."""
-    parts = []
-    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i)):
-        # the first row of a batch is its longest: all others are padded to it
-        if parts and len(rows[parts[-1][0]].tokens) * (len(parts[-1]) + 1) <= batch_tokens:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
 
 
 def branch_mask(branch: Tensor, past: int) -> Tensor:
@@ -384,20 +377,22 @@ def branch_mask(branch: Tensor, past: int) -> Tensor:
     return torch.cat([mask.new_ones(*mask.shape[:3], past), mask], -1)
 
 
-def score_targets(model: Llama, x: Tensor, at: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
-    """log p of each target, predicted from the hidden state x[at], and whether it is the likeliest token.
+def score_targets(
+    model: Llama, x: Tensor, logit_index: list[int], targets: list[int]
+) -> tuple[list[float], list[bool]]:
+    """log p of each target, predicted from the hidden state x[logit_index], and whether it is the likeliest token.
 
     x: (N, hidden_size). 1,024 targets at a time, since logits are large; a position that predicts for several choices
     (the last of the trunk) is computed once for all of them.
     """
     log_p, likeliest = [], []
-    for start in range(0, len(at), 1024):
+    for start in range(0, len(targets), 1024):
         part = torch.tensor(targets[start : start + 1024], device=x.device)  # (n,)
-        positions = torch.tensor(at[start : start + 1024], device=x.device)  # (n,)
-        positions, of = positions.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
-        logits = model.lm_head(x[positions]).float()  # (u, vocab_size)
-        log_p += (logits[of, part] - logits.logsumexp(-1)[of]).tolist()
-        likeliest += (logits.argmax(-1)[of] == part).tolist()
+        places = torch.tensor(logit_index[start : start + 1024], device=x.device)  # (n,)
+        places, inverse = places.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
+        logits = model.lm_head(x[places]).float()  # (u, vocab_size)
+        log_p += (logits[inverse, part] - logits.logsumexp(-1)[inverse]).tolist()
+        likeliest += (logits.argmax(-1)[inverse] == part).tolist()
     return log_p, likeliest
 
 
@@ -415,16 +410,20 @@ def score_batch(model: Llama, rows: list[Row], prefix: Cache | None) -> list[lis
     branch = padded([row.branch for row in rows], -1)  # so that no choice sees the padding
     past = prefix[0][0].shape[2] if prefix else 0
     cache = [list(layer) for layer in prefix] if prefix else None  # a copy of the lists: hidden adds this batch's own
-    x = model.hidden(tokens, positions, branch_mask(branch, past), cache)  # (B, S, hidden_size)
+    mask = branch_mask(branch, past)
+    if not prefix and all(len(row.targets) == 1 for row in rows):
+        mask = None  # one choice a row: causal attention, for which the hardware has faster kernels
+    x = model.hidden(tokens, positions, mask, cache)  # (B, S, hidden_size)
 
-    at, targets, choices = [], [], []  # of each target in the batch: where it is predicted, itself, (row, choice)
+    logit_index, targets, choices = [], [], []  # of each target in the batch: where it is predicted, it, (row, choice)
     for b, row in enumerate(rows):
-        for k in range(len(row.at)):
-            at += [b * S + i for i in row.at[k]]
+        for k in range(len(row.targets)):
+            logit_index += [b * S + i for i in row.logit_index[k]]
             targets += row.targets[k]
             choices += [(b, k)] * len(row.targets[k])
-    scores = [[(0.0, True)] * len(row.at) for row in rows]
-    for (b, k), value, hit in zip(choices, *score_targets(model, x.flatten(0, 1), at, targets), strict=True):
+    log_p, likeliest = score_targets(model, x.flatten(0, 1), logit_index, targets)
+    scores = [[(0.0, True)] * len(row.targets) for row in rows]
+    for (b, k), value, hit in zip(choices, log_p, likeliest, strict=True):
         total, greedy = scores[b][k]
         scores[b][k] = (total + value, greedy and hit)
     return scores
@@ -434,15 +433,15 @@ def score_batch(model: Llama, rows: list[Row], prefix: Cache | None) -> list[lis
 def score(
     model: Llama,
     requests: list[list[Request]],
-    batch_tokens: int,
+    max_tokens: int,
     share: bool,
-    on_done: Callable[[int, list[Score]], None] | None = None,
+    name: str | None = None,
 ) -> tuple[list[list[Score]], int]:
     """The score of each choice of each document, and how many tokens were run for them (without padding).
 
-    requests: those of each document's choices. on_done(i, scores): called when this process has scored document i.
-    Under torchrun the batches are dealt over the processes. A batch is the same whoever runs it, so that results do not
-    depend on the number of processes. UserError where a score is not finite.
+    requests: those of each document's choices. name: shows a bar of this name. Under torchrun each process takes its
+    share of the batches. A batch is the same whoever runs it, so that results do not depend on the number of processes.
+    UserError where a score is not finite.
     """
     skip = shared_prefix(requests) if share else 0
     prefix = None
@@ -453,11 +452,11 @@ def score(
     rows = [pack_document(choices, share, skip) for choices in requests]
     rank, world = rank_and_world()
     scores = {}
-    for part in batches(rows, batch_tokens)[rank::world]:
+    parts = cut_into_batches([len(row.tokens) for row in rows], max_tokens)[rank::world]
+    quiet = None if name and rank == 0 else True  # None: a bar where stderr is a terminal
+    for part in tqdm(parts, desc=name, unit="batch", disable=quiet):
         for i, s in zip(part, score_batch(model, [rows[i] for i in part], prefix), strict=True):
             scores[i] = s
-            if on_done:
-                on_done(i, s)
         if not all(math.isfinite(value) for i in part for value, _ in scores[i]):
             break  # not an error yet: it must reach the other processes, which wait below
     if world > 1:
@@ -489,7 +488,8 @@ def first_bad_layer(model: Llama, tokens: list[int]) -> str:
 
 
 def argmax(values: list[float]) -> int:
-    return max(range(len(values)), key=lambda i: (values[i], -i))  # the first of equals
+    """The place of the largest, the first of equals."""
+    return values.index(max(values))
 
 
 def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
@@ -518,7 +518,8 @@ def summarise(metrics: list[dict[str, float]]) -> dict:
     result = {}
     for metric in metrics[0]:
         result[metric], result[f"{metric}_stderr"] = mean_and_error([m[metric] for m in metrics])
-    return result | {"n": len(metrics)}
+    result["n"] = len(metrics)
+    return result
 
 
 def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
@@ -529,7 +530,7 @@ def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
     n_words = sum(len(re.split(r"\s+", d.page)) for d in documents)
     n_bytes = sum(len(d.page.encode()) for d in documents)
     total = -sum(log_p)
-    exp = lambda x: math.exp(x) if x < 709 else None
+    exp = lambda x: math.exp(x) if x < 709 else None  # e^709.8 is the largest float
     return {
         "word_perplexity": exp(total / n_words),
         "byte_perplexity": exp(total / n_bytes),
@@ -564,64 +565,58 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
 
 def run_task(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     documents: list[Document],
     add_bos: bool = False,
-    batch_tokens: int = 8192,
+    max_tokens: int = 8192,
     share: bool = True,
     name: str | None = None,
 ) -> tuple[dict, list[list[Score]]]:
     """Scores a task. Returns its results and the scores of each document's choices.
 
-    batch_tokens: of a batch at most, padding counted. share=False: every choice runs with its own context. name: shows
+    max_tokens: of a batch at most, padding counted. share=False: every choice runs with its own context. name: shows
     a bar of this name.
     """
-    max_len = model.config.max_seq_len
     if documents[0].rolling:
-        return run_rolling(model, tokenizer, documents, add_bos, batch_tokens)
+        return run_rolling(model, tokenizer, documents, add_bos, max_tokens, name)
+    max_len = model.config.max_position_embeddings
     requests = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in d.pairs] for d in documents]
-    bar = tqdm(total=len(documents), desc=name, unit="doc", disable=None if name else True)
-    right = []
-
-    def on_done(i: int, s: list[Score]) -> None:
-        right.append(document_metrics(documents[i], s)["acc"])
-        bar.update()
-        bar.set_postfix_str(f"acc {sum(right) / len(right):.3f}", refresh=False)
-
-    scores, n_tokens = score(model, requests, batch_tokens, share, on_done)
-    bar.close()
+    scores, n_tokens = score(model, requests, max_tokens, share, name)
     metrics = [document_metrics(d, s) for d, s in zip(documents, scores, strict=True)]
-    return summarise(metrics) | {"tokens": n_tokens}, scores
+    return {**summarise(metrics), "tokens": n_tokens}, scores
 
 
 def run_rolling(
-    model: Llama, tokenizer: SentencePieceProcessor, documents: list[Document], add_bos: bool, batch_tokens: int
+    model: Llama, tokenizer: Tokenizer, documents: list[Document], add_bos: bool, max_tokens: int, name: str | None
 ) -> tuple[dict, list[list[Score]]]:
     """Scores a rolling task: `run_task` for documents that are whole texts."""
     bos = bos_id(tokenizer)
     windows = []
     for d in documents:
         tokens = [bos] * add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts the added BOS too
-        windows.append(rolling_windows(tokens, bos, model.config.max_seq_len))
-    scores, n_tokens = score(model, [[window] for ws in windows for window in ws], batch_tokens, share=False)
-    values = iter([choices[0][0] for choices in scores])
-    log_p = [sum(next(values) for _ in ws) for ws in windows]
-    return rolling_metrics(documents, log_p) | {"tokens": n_tokens}, [[(value, False)] for value in log_p]
+        windows.append(rolling_windows(tokens, bos, model.config.max_position_embeddings))
+    scores, n_tokens = score(model, [[window] for ws in windows for window in ws], max_tokens, False, name)
+    log_p, start = [], 0
+    for ws in windows:  # back from windows to documents
+        log_p.append(sum(choices[0][0] for choices in scores[start : start + len(ws)]))
+        start += len(ws)
+    return {**rolling_metrics(documents, log_p), "tokens": n_tokens}, [[(value, False)] for value in log_p]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # perplexity: Wanda's
 
 
-def read_text(path: str | Path, tokenizer: SentencePieceProcessor) -> Tensor:
-    """The tokens of a text (n,), int64, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in
-    front. UserError where it cannot be read."""
+def read_text(path: str | Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in front.
+    UserError where it cannot be read."""
     lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
     rows = [line if line.strip() else "" for line in lines]
-    return torch.tensor([bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows))])
+    # not special: the "<unk>" of WikiText's tokenised form is text, as it was for whoever cut it into words
+    return [bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows), special=False)]
 
 
-def read_texts(paths: list[str], tokenizer: SentencePieceProcessor, seqlen: int) -> dict[str, Tensor]:
+def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str, list[int]]:
     """{name: tokens} of several texts, the name is the file's without its suffix. UserError where two have the same,
     or one is shorter than a window of seqlen tokens."""
     texts = {}
@@ -637,30 +632,19 @@ def read_texts(paths: list[str], tokenizer: SentencePieceProcessor, seqlen: int)
     return texts
 
 
-@torch.no_grad()
-def perplexity(model: Llama, tokens: Tensor, seqlen: int) -> tuple[float, int]:
-    """Wanda's perplexity of one long text, tokens (n,) with BOS in front. Returns (perplexity, tokens in windows).
+def perplexity(model: Llama, tokens: list[int], seqlen: int, max_tokens: int = 8192) -> tuple[float, int]:
+    """Wanda's perplexity of one long text, its tokens with BOS in front. Returns (perplexity, tokens in windows).
 
-    Under torchrun the windows are dealt over the processes. UserError where the loss is not finite.
+    A window is a request without a context: all but its first token are targets. UserError where a loss is not finite.
     """
-    device = model.lm_head.weight.device
-    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    rank, world = rank_and_world()
-    losses = torch.zeros(len(windows), dtype=torch.float64)  # nats a token, 0 where another process runs the window
-    for i in tqdm(range(rank, len(windows), world), desc="perplexity", disable=None if rank == 0 else True):
-        window = windows[i : i + 1].to(device)  # (1, seqlen)
-        targets = torch.cat([window[:, 1:], window.new_full((1, 1), -100)], 1)  # the last predicts nothing
-        losses[i] = model(window, targets).double().cpu() / (seqlen - 1)
-    if world > 1:
-        losses = losses.to(device)
-        dist.all_reduce(losses)
-    finite = losses.isfinite().tolist()
-    if not all(finite):
-        raise UserError(f"the loss is not finite: {first_bad_layer(model, windows[finite.index(False)].tolist())}")
-    mean = losses.mean().item()
-    if mean > 709:
+    n = len(tokens) // seqlen
+    windows = [tokens[i * seqlen : (i + 1) * seqlen] for i in range(n)]
+    requests = [[(window[:-1], window[1:])] for window in windows]
+    scores, _ = score(model, requests, max_tokens, share=False, name="perplexity")
+    mean = -sum(choices[0][0] for choices in scores) / (n * (seqlen - 1))  # nats a token
+    if mean > 709:  # e^709.8 is the largest float
         raise UserError(f"the mean loss is {mean:.0f} nats a token: its perplexity is more than a float can hold")
-    return math.exp(mean), windows.numel()
+    return math.exp(mean), n * seqlen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,7 +654,7 @@ def perplexity(model: Llama, tokens: Tensor, seqlen: int) -> tuple[float, int]:
 def share_of_zeros(model: Llama) -> float:
     """The share of zeros in the blocks' linears: the model's sparsity."""
     linears = [m.weight for block in model.model.layers for m in block.modules() if isinstance(m, nn.Linear)]
-    return sum((w == 0).sum().item() for w in linears) / sum(w.numel() for w in linears)
+    return sum(count_zeros(w) for w in linears) / sum(w.numel() for w in linears)
 
 
 def to_semi_structured(model: Llama) -> None:
@@ -701,9 +685,10 @@ def log_samples(path: Path, documents: list[Document], scores: list[list[Score]]
         for document, s in zip(documents, scores, strict=True):
             resps = [str(value) if document.rolling else [str(value), str(hit)] for value, hit in s]
             metrics = {} if document.rolling else document_metrics(document, s)
-            if isinstance(wanted := document.record.get("metrics"), list):
+            wanted = document.record.get("metrics")
+            if isinstance(wanted, list):
                 metrics = {metric: value for metric, value in metrics.items() if metric in wanted}
-            record = document.record | {"resps": [[r] for r in resps], "filtered_resps": resps} | metrics
+            record = {**document.record, "resps": [[r] for r in resps], "filtered_resps": resps, **metrics}
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -712,27 +697,16 @@ def samples_file(folder: str, name: str) -> Path:
     return Path(folder) / f"samples_{name}.jsonl"
 
 
-def digest(*parts: Any) -> str:
-    """A hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def read_partial(path: Path) -> dict[str, dict]:
-    """What an interrupted command has left: {digest of all that a part depends on: its results}.
-
-    Rank 0 reads it for all processes, so that they agree on what is left to do.
-    """
-    rank, world = rank_and_world()
-    finished = [read_json(path, dict) if rank == 0 and path.exists() else {}]
-    if world > 1:
-        dist.broadcast_object_list(finished)
-    return finished[0]
-
-
-def write_partial(path: Path, finished: dict[str, dict]) -> None:
-    if rank_and_world()[0] == 0:
-        with atomic(path) as tmp:
-            tmp.write_text(json.dumps(finished))
+def read_finished(file: Path) -> dict[str, dict]:
+    """What an interrupted command has left: {digest of all that a result depends on: the result}."""
+    if not file.exists():
+        return {}
+    saved = read_json(file, dict)
+    check_version(saved.get("version"), file)
+    finished = saved.get("finished")
+    if not isinstance(finished, dict) or not all(isinstance(result, dict) for result in finished.values()):
+        raise UserError(f"{file}: is damaged; remove {file.parent} to begin again")
+    return finished
 
 
 def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
@@ -770,15 +744,15 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", required=True, help="the model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--tasks", nargs="+", default=[], metavar="FILE", help="samples files of lm-eval")
     add("--ppl", nargs="+", default=[], metavar="FILE", help="plain texts")
-    add("--seqlen", type=number(int, 2), help="tokens in a window of --ppl (default: the model's max_seq_len)")
+    add("--seqlen", type=number(int, 2), help="tokens in a window of --ppl (default: the model's positions)")
     add("--add_bos", action="store_true", help="put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)")
     add("--log_samples", metavar="DIR", help="write every choice's log-likelihood there, in lm-eval's shape")
-    add("--batch_tokens", type=number(int, 1), default=8192, help="padded tokens in a batch of --tasks")
+    add("--max_tokens", type=number(int, 1), default=8192, help="padded tokens in a batch of one process")
     add("--no_sharing", action="store_true", help="run every choice with its own context, as lm-eval does")
     add("--semi_structured", action="store_true", help="run 2:4 linears on the GPU's sparse matrix units")
     add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")
-    add("--out", required=True, help="the results, JSON; OUT.partial holds finished tasks until all are")
+    add("--out", required=True, help="the results, JSON; the folder OUT.partial holds finished tasks until all are")
     args = parser.parse_args()
     if not args.tasks and not args.ppl:
         raise UserError("nothing to do: give --tasks or --ppl")
@@ -786,103 +760,78 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def check_outputs(args: argparse.Namespace, tasks: list[str]) -> None:
-    """Refuses, before any work is done, outputs that cannot be written or would replace an input."""
-    if not args.out.endswith(".json"):
-        raise UserError(f"--out {args.out}: must end in .json")
-    inputs = args.tasks + args.ppl
-    check_out(args.out, inputs=inputs)
-    if args.log_samples:
-        for name in tasks:
-            check_out(samples_file(args.log_samples, name), "--log_samples", inputs)
-
-
-def join_processes(device: str) -> None:
-    """The process group that torchrun has prepared; without torchrun nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if device == "cuda":
-        take_a_gpu()
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-
-def measure(
-    args: argparse.Namespace,
-    model: Llama,
-    tokenizer: SentencePieceProcessor,
-    tasks: dict[str, list[Document]],
-    texts: dict[str, Tensor],
-    seqlen: int,
-    settings: str,
-) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Results of all tasks, and perplexities of all texts.
-
-    Each is kept in OUT.partial once it is there, so that an interrupted command, given again, goes on with the next.
-    settings: a digest of what all of them depend on.
-    """
-    rank, _ = rank_and_world()
-    partial = Path(f"{args.out}.partial")
-    finished = read_partial(partial)
-    results, ppl = {}, {}
-    for name, documents in tasks.items():
-        key = digest(settings, name, [d.record for d in documents])
-        if key not in finished:
-            finished[key], scores = run_task(
-                model,
-                tokenizer,
-                documents,
-                add_bos=args.add_bos,
-                batch_tokens=args.batch_tokens,
-                share=not args.no_sharing,
-                name=name if rank == 0 else None,
-            )
-            if args.log_samples and rank == 0:
-                log_samples(samples_file(args.log_samples, name), documents, scores)
-            write_partial(partial, finished)
-        results[name] = finished[key]
-    for name, tokens in texts.items():
-        key = digest(settings, name, seqlen, tokens.tolist())
-        if key not in finished:
-            value, n_tokens = perplexity(model, tokens, seqlen)
-            finished[key] = {"ppl": value, "seqlen": seqlen, "tokens": n_tokens}
-            write_partial(partial, finished)
-        ppl[name] = finished[key]
-    return results | aggregates(results), ppl
-
-
 def main() -> None:
     # --- what the command names, checked before any weight is read
     args = parse_args()
     tasks = read_tasks(args.tasks)
-    check_outputs(args, list(tasks))
-    ckpt = open_checkpoint(args.ckpt)
-    if ckpt.tokenizer is None:
-        raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model beside it")
-    tokenizer = load_tokenizer(ckpt.tokenizer)
-    seqlen = args.seqlen or ckpt.config.max_seq_len
+    outputs = {args.out: "--out"}
+    if args.log_samples:
+        for name in tasks:
+            outputs[samples_file(args.log_samples, name)] = "--log_samples"
+    if not args.out.endswith(".json"):
+        raise UserError(f"--out {args.out}: must end in .json")
+    for path, flag in outputs.items():
+        check_out(path, flag, [args.ckpt, *args.tasks, *args.ppl])
+    ckpt, config = open_llama(args.ckpt)
+    tokenizer = tokenizer_of(ckpt)
+    if tokenizer is None:
+        raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
+    seqlen = args.seqlen or config.max_position_embeddings
     texts = read_texts(args.ppl, tokenizer, seqlen)
 
+    # --- the processes, and the folder OUT.partial, in which rank 0 alone reads and writes
+    rank, world = join_processes(args.device)
+    work = Path(f"{args.out}.partial")
+    shared = [None, None]
+    if rank == 0:
+        held = lock(work)  # noqa: F841  until the process ends
+        shared = [ckpt.fingerprint(), read_finished(work / "finished.json")]
+    if world > 1:
+        dist.broadcast_object_list(shared)  # so that all of them leave out the same tasks
+    fingerprint, finished = shared
+
     # --- the model
-    join_processes(args.device)
     model, _ = load(args.ckpt, getattr(torch, args.dtype) if args.dtype else None, args.device)
     model.requires_grad_(False)
-    about = {"ckpt": args.ckpt, "history": model.history, "sparsity": share_of_zeros(model), "add_bos": args.add_bos}
+    sparsity = share_of_zeros(model)
+    head = {"ckpt": args.ckpt, "history": model.history, "sparsity": sparsity, "add_bos": args.add_bos}
     if args.semi_structured:
         to_semi_structured(model)
 
-    # --- its results. Neither --batch_tokens nor --device is a setting: when memory runs out, another one may go on
+    # --- its results, each of which is kept once it is there. What a result depends on is its key; neither --max_tokens
+    # nor --device is a part of it: when memory runs out, another one may go on.
     flags = [args.dtype, args.no_sharing, args.semi_structured, args.log_samples]
-    settings = digest(about, ckpt.fingerprint(), ckpt.tokenizer.hex(), flags)
-    results, ppl = measure(args, model, tokenizer, tasks, texts, seqlen, settings)
-    if rank_and_world()[0] == 0:
-        with atomic(args.out) as tmp:
-            tmp.write_text(json.dumps(about | {"results": results, "perplexity": ppl}, indent=2) + "\n")
-        Path(f"{args.out}.partial").unlink(missing_ok=True)
+    settings = [head, fingerprint, tokenizer.fingerprint, flags]
+    results, ppl = {}, {}
+    for name, documents in tasks.items():
+        key = digest(settings, name, [d.record for d in documents])
+        if key not in finished:
+            result, scores = run_task(
+                model, tokenizer, documents, args.add_bos, args.max_tokens, share=not args.no_sharing, name=name
+            )
+            finished[key] = result
+            if rank == 0:
+                if args.log_samples:
+                    log_samples(samples_file(args.log_samples, name), documents, scores)
+                write_json(work / "finished.json", {"version": VERSION, "finished": finished})
+        results[name] = finished[key]
+    for name, tokens in texts.items():
+        key = digest(settings, name, seqlen, tokens)
+        if key not in finished:
+            value, n_tokens = perplexity(model, tokens, seqlen, args.max_tokens)
+            finished[key] = {"ppl": value, "seqlen": seqlen, "tokens": n_tokens}
+            if rank == 0:
+                write_json(work / "finished.json", {"version": VERSION, "finished": finished})
+        ppl[name] = finished[key]
+    results.update(aggregates(results))
+    if rank == 0:
+        write_json(args.out, {"version": VERSION, **head, "results": results, "perplexity": ppl})
+        shutil.rmtree(work, ignore_errors=True)
         print(table(results, ppl))
         print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    cli(main, "a smaller --batch_tokens (for --tasks) or --seqlen (for --ppl), or --dtype bfloat16")
+    cli(main, "a smaller --max_tokens or --seqlen, or --dtype bfloat16")

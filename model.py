@@ -1,76 +1,72 @@
-"""LLaMA by hand, and its checkpoints in and out.
+"""LLaMA by hand: the network that SPP prunes and fine-tunes, and the command that shows what a checkpoint is.
 
-The network that SPP prunes and fine-tunes: RMSNorm, rotary positions, SwiGLU, grouped-query attention (LLaMA, Touvron
-et al. 2023a, b). Its seven linears, q_proj to down_proj, are those that section 4 of the paper lists. The network is
-the first quarter of this file and all that the method needs; the rest is files, a section for each layout, reading and
-writing side by side:
+RMSNorm, rotary positions, SwiGLU, grouped-query attention (LLaMA, Touvron et al. 2023a, b). Its seven linears, q_proj
+to down_proj, are those that section 4 of the paper lists. The model is a list of blocks, each of which can be called on
+its own: pruning walks a checkpoint block by block. Settings and tensors have Hugging Face's names.
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
     python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory; --layout meta: Meta's
     python model.py --ckpt SRC --prompt "Once upon"   # what it says
     python model.py --ckpt SRC --info                 # what it is: sizes, sparsity, pattern, history
 
-SRC is a .pt file of ours, a Hugging Face directory (config.json with *.safetensors or *.bin, sharded or not) or a Meta
-directory (params.json with consolidated.*.pth). State-dict names are Hugging Face's everywhere. A checkpoint is read
-through `Checkpoint`, a lazy mapping of names to memory-mapped tensors, so that a 70B model can be walked one block at
-a time; it is written to a temporary name, flushed, then renamed, so that a killed run leaves no half-written file.
+SRC is a .pt file of ours, a Hugging Face directory or a Meta directory; data/checkpoint.py reads and writes them.
 """
 
 import argparse
 import contextlib
-import copy
+import ctypes
 import dataclasses
-import fnmatch
+import datetime
+import errno
 import functools
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import struct
+import signal
+import socket
 import sys
-import tempfile
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from torch.serialization import skip_data
 from torch.utils.checkpoint import checkpoint
 
+from data.checkpoint import DTYPES, Checkpoint, UserError, check_out, open_checkpoint, travels, write_checkpoint
+from data.tokenizer import Tokenizer, load_tokenizer
+
 # ----------------------------------------------------------------------------------------------------------------------
-# the network
+# settings
 
 
 @dataclasses.dataclass
 class LlamaConfig:
-    """The shape of a LLaMA. The defaults are LLaMA 7B's."""
+    """The shape of a LLaMA, under the keys of Hugging Face's config.json. The defaults are LLaMA 7B's."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008  # width of the MLP between gate/up and down
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 0  # key-value heads, shared by groups of query heads; 0: as many as n_heads
-    head_dim: int = 0  # 0: hidden_size / n_heads
-    max_seq_len: int = 2048
-    norm_eps: float = 1e-6
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # shared by groups of query heads; None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048  # the longest sequence that it was trained on
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "dynamic" | "llama3", "factor": ..., ...}
-    tie_embeddings: bool = False  # lm_head shares the matrix of embed_tokens
+    tie_word_embeddings: bool = False  # lm_head shares the matrix of embed_tokens
     sliding_window: int | None = None  # Mistral's: tokens that attention looks back; longer sequences are refused
 
-    def __post_init__(self):
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.n_heads
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     def check_length(self, n: int, what: str = "a sequence") -> None:
         """UserError if n tokens exceed the sliding window: only within it is Mistral's attention LLaMA's."""
@@ -78,25 +74,23 @@ class LlamaConfig:
             raise UserError(f"{what}: {n} tokens are more than the model's sliding window of {self.sliding_window}")
 
 
-LLAMA2 = {"max_seq_len": 4096, "norm_eps": 1e-5}
+LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 PRESETS = {
-    "llama-7b": LlamaConfig(),
-    "llama-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40),
-    "llama-30b": LlamaConfig(hidden_size=6656, intermediate_size=17920, n_layers=60, n_heads=52),
-    "llama-65b": LlamaConfig(hidden_size=8192, intermediate_size=22016, n_layers=80, n_heads=64),
-    "llama-2-7b": LlamaConfig(**LLAMA2),
-    "llama-2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, n_layers=40, n_heads=40, **LLAMA2),
-    "llama-2-70b": LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, n_layers=80, n_heads=64, n_kv_heads=8, **LLAMA2
-    ),
+    # vocabulary, width, MLP, layers, heads
+    "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32),
+    "llama-13b": LlamaConfig(32000, 5120, 13824, 40, 40),
+    "llama-30b": LlamaConfig(32000, 6656, 17920, 60, 52),
+    "llama-65b": LlamaConfig(32000, 8192, 22016, 80, 64),
+    "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, **LLAMA2),
+    "llama-2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, **LLAMA2),
+    "llama-2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, num_key_value_heads=8, **LLAMA2),
     # what `make demo` pretrains in two minutes, and what the tests use
-    "demo": LlamaConfig(
-        vocab_size=1024, hidden_size=96, intermediate_size=256, n_layers=4, n_heads=4, max_seq_len=256, norm_eps=1e-5
-    ),
-    "test": LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128
-    ),
+    "demo": LlamaConfig(1024, 96, 256, 4, 4, max_position_embeddings=256, rms_norm_eps=1e-5),
+    "test": LlamaConfig(256, 32, 64, 2, 4, num_key_value_heads=2, max_position_embeddings=128),
 }
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the network
 
 
 class RMSNorm(nn.Module):
@@ -119,11 +113,11 @@ def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) ->
 
     seq_len matters to "dynamic" alone, which stretches the base once a sequence outgrows the training length.
     """
-    d, theta = config.head_dim, config.rope_theta
+    d, theta, length = config.head_dim, config.rope_theta, config.max_position_embeddings
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", "default")
     if kind == "dynamic":
-        stretch = scaling["factor"] * max(seq_len, config.max_seq_len) / config.max_seq_len - (scaling["factor"] - 1)
+        stretch = scaling["factor"] * max(seq_len, length) / length - (scaling["factor"] - 1)
         theta = theta * stretch ** (d / (d - 2))
     freqs = 1.0 / theta ** (torch.arange(0, d, 2, device=device).float() / d)
     if kind == "linear":
@@ -138,11 +132,14 @@ def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) ->
 
 def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T)."""
-    dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
-    seq_len = int(positions.max()) + 1 if dynamic or config.sliding_window else 0
+    seq_len = 0
+    dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
+    if dynamic or config.sliding_window:
+        seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
     config.check_length(seq_len)
+    # Angles are float32: in bfloat16, positions beyond 256 would run together.
     angles = positions[..., None].float() * rope_frequencies(config, seq_len, positions.device)
-    angles = torch.cat([angles, angles], -1)
+    angles = torch.cat([angles, angles], -1)  # one for each half of a head, see `rotate`
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -157,22 +154,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.head_dim = config.head_dim
         c = config
-        self.q_proj = nn.Linear(c.hidden_size, c.n_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.hidden_size, bias=False)
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
     ) -> Tensor:
         B, T, _ = x.shape  # the last is hidden_size
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, T, head_dim)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, query heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, key-value heads, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # the same
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            if cache:
-                k, v = (torch.cat([old.expand(B, -1, -1, -1), new], 2) for old, new in zip(cache, (k, v), strict=True))
+            if cache:  # keys and values of the tokens before; expand: a prefix run once serves every row of a batch
+                k = torch.cat([cache[0].expand(B, -1, -1, -1), k], 2)  # (B, key-value heads, past + T, head_dim)
+                v = torch.cat([cache[1].expand(B, -1, -1, -1), v], 2)
             cache[:] = [k, v]
         # A group of query heads shares one key-value head (enable_gqa). Without a mask attention is causal.
         gqa = q.shape[1] != k.shape[1]
@@ -200,8 +200,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None
@@ -213,26 +213,29 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size).
 
-    `history` is the list of what was done to the weights (pruned how, fine-tuned from what); it travels with them.
+    `history` is the list of what was done to the weights (pruned how, fine-tuned from what); it travels with them, and
+    so do the `special_tokens` of a config.json.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.history = []
+        self.special_tokens = {"bos_token_id": 1, "eos_token_id": 2}  # LLaMA's; `load` has the checkpoint's
         self.activation_checkpointing = False
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # A ModuleDict, and not a module of its own, so that names are Hugging Face's: "model.layers.0.mlp..."
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)  # LLaMA's; it matters to pretraining alone
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        if self.config.tie_embeddings:
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
@@ -256,7 +259,8 @@ class Llama(nn.Module):
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, head_dim): the same for every head
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                assert cache is None, "what the backward pass runs again would fill the cache again"
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)  # keeps x alone, runs the block again
             else:
                 x = block(x, cos, sin, mask, cache[i] if cache is not None else None)
         return self.model.norm(x)
@@ -266,7 +270,7 @@ class Llama(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        keep = targets != -100
+        keep = targets != -100  # before lm_head, so that padding and prompts cost no logits
         return self.summed_loss(x[keep], targets[keep])
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -279,26 +283,28 @@ class Llama(nn.Module):
         def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
 
-        chunks = zip(x.split(1024), targets.split(1024), strict=True)
-        losses = (checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
-        return sum(losses, x.new_zeros((), dtype=torch.float32))
+        total = x.new_zeros((), dtype=torch.float32)
+        # Without a target split still gives one empty chunk: a loss of 0 that has a gradient, as DDP and FSDP ask for.
+        for h, t in zip(x.split(1024), targets.split(1024), strict=True):
+            total = total + checkpoint(chunk_loss, h, t, use_reentrant=False)
+        return total
 
 
 @torch.no_grad()
 def generate(
-    model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: int = -1
+    model: Llama, tokens: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, stop: tuple[int, ...] = ()
 ) -> Iterator[int]:
     """Yields up to n tokens that go on from `tokens`, one at a time, with a key-value cache.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn (from torch's generator) among the fewest whose
-    probabilities sum to top_p. Ends after `stop`. UserError where a logit is NaN or Inf.
+    probabilities sum to top_p. Ends after a token of `stop`. UserError where a logit is NaN or Inf.
     """
     device = model.lm_head.weight.device
     cache = [[] for _ in model.model.layers]
-    new = list(tokens)
+    new = list(tokens)  # what the cache does not hold yet: first the whole prompt, then a token at a time
     for _ in range(n):
         x = model.hidden(torch.tensor([new], device=device), cache=cache)
-        logits = model.lm_head(x[0, -1]).float()
+        logits = model.lm_head(x[0, -1]).float()  # (vocab_size,)
         if not logits.isfinite().all():
             raise UserError("the logits are not finite; the weights hold NaN or Inf, or overflow their --dtype")
         if temperature == 0:
@@ -308,44 +314,263 @@ def generate(
             p[p.cumsum(0) - p > top_p] = 0  # everything after the token that reaches top_p
             token = int(order[torch.multinomial(p, 1)])
         yield token
-        if token == stop:
+        if token in stop:
             return
         new = [token]
 
 
+def cut_into_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences in batches of at most max_tokens tokens, padding counted, or of one sequence.
+
+    The longest come first, equals in their order: sequences that lie together pad little. The first of a batch is its
+    longest, to which all others are padded.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The network ends here; the rest reads and writes files. First, what every command needs
+# a checkpoint as a LLaMA
 
 
-class UserError(Exception):
-    """Something the user can put right. `cli` prints it as one line and exits with status 2."""
+# Settings of other families, or of LLaMA's relatives: refused unless they say what LLaMA does anyway
+PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+# What each kind of rope scaling needs
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3_KEYS}
+
+# Settings that travel and that no network reads
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
-    """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
-    memory, where `out_of_memory` says what helps."""
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
-        else:  # under torchrun rank 0 speaks for all, and the rest are stopped as soon as one exits
-            time.sleep(5)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has left, as `head` does; Python must not flush the rest either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        what = str(e).splitlines()[0][:100]
-        print(f"{name}: error: out of memory ({what}); what helps: {out_of_memory}", file=sys.stderr)
-        os._exit(2)  # whichever process it is; a GPU's collectives that are under way would hold up a tidy exit
+def config_to_dict(config: LlamaConfig) -> dict:
+    """What a config.json says of it."""
+    values = dataclasses.asdict(config)
+    family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    if config.sliding_window is None:
+        del values["sliding_window"]
+        family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return {**family, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **values}
+
+
+def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
+    """The settings that a config.json of any age holds, every one of them checked. UserError, which names `source`
+    and the key, for a value that is none and for a setting that would change the function."""
+
+    def check(key: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{source}: config: {key} is {values.get(key)!r:.80}, expected {expected}")
+
+    positive = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
+    check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
+    for key, plain in PLAIN.items():
+        check(key, values.get(key, plain) in (plain, None), f"{plain!r}, as LLaMA's")
+    fields = dataclasses.fields(LlamaConfig)
+    nullable = [field.name for field in fields if field.default is None]  # null is as good as absent
+    absent = [key for key in nullable if values.get(key) is None]
+    given = {field.name: values[field.name] for field in fields if field.name in values.keys() - absent}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if key not in given:
+            raise UserError(f"{source}: config: has no {key}")
+    if values.get("model_type") == "mistral":
+        given["sliding_window"] = values.get("sliding_window", 4096)  # transformers' own where it is absent
+    else:
+        given.pop("sliding_window", None)  # which LLaMA's own code does not look at
+    given["rope_theta"], given["rope_scaling"] = rope_settings(values)
+    for field in fields:
+        key, x = field.name, given.get(field.name)
+        if key == "rope_scaling" or key not in given or (x is None and key in nullable):
+            continue
+        if field.type is bool:
+            check(key, type(x) is bool, "true or false")
+        elif field.type is float:
+            check(key, positive(x, int, float), "a number above 0")
+        else:
+            check(key, positive(x, int), "a whole number from 1 to 2**28")
+    scaling = given["rope_scaling"]
+    if scaling is not None:
+        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
+        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+        numbers = all(positive(scaling.get(key), int, float) for key in needed)
+        check("rope_scaling", numbers, f"{', '.join(needed)} above 0")
+        given["rope_scaling"] = {key: scaling[key] for key in ("rope_type", *needed)}
+    heads = given["num_attention_heads"]
+    config = LlamaConfig(**given)
+    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
+    check("num_attention_heads", heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
+    check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
+    return config
+
+
+def rope_settings(values: dict) -> tuple[Any, Any]:
+    """(rope_theta, rope_scaling) of a config.json: they stand apart, or since transformers 5 in one dict. Where both
+    forms are there, rope_scaling counts, and a rope_theta inside of it before the one outside, as in transformers."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters")
+    theta = values.get("rope_theta")
+    if isinstance(rope, dict):
+        rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is the older name
+        theta = rope.pop("rope_theta", theta)
+        if rope["rope_type"] == "default":
+            rope = None
+    return 10000.0 if theta is None else theta, rope
+
+
+def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
+    """Opens a checkpoint of any layout without reading a weight, and holds its settings, names, shapes and tokenizer
+    against `Llama`. UserError for what is no LLaMA."""
+    ckpt = open_checkpoint(path)
+    config = config_from_dict(ckpt.config, path)
+    special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
+    ckpt.config = {**config_to_dict(config), **special_tokens}
+    if config.num_hidden_layers > len(ckpt):  # before Llama() below makes that many blocks
+        raise UserError(f"{path}: config: {config.num_hidden_layers} layers, but only {len(ckpt)} tensors")
+    with torch.device("meta"):
+        expected = Llama(config).state_dict()
+    if config.tie_word_embeddings:  # one matrix under two names; a file may hold either or both
+        kept = "model.embed_tokens.weight" if "model.embed_tokens.weight" in ckpt else "lm_head.weight"
+        for mapping in (ckpt.getters, ckpt.meta):
+            if kept in mapping:
+                mapping["model.embed_tokens.weight"] = mapping[kept]
+            mapping.pop("lm_head.weight", None)
+        del expected["lm_head.weight"]
+    missing, unknown = sorted(expected.keys() - ckpt.keys()), sorted(ckpt.keys() - expected.keys())
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
+        raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
+    for name, w in ckpt.meta.items():
+        if w.shape != expected[name].shape:
+            hint = ": DeepSpeed ZeRO-3 saves this where it gathered nothing" if w.numel() == 0 else ""
+            raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*expected[name].shape]}{hint}")
+        if w.dtype not in DTYPES.values():
+            raise UserError(f"{path}: {name} is {w.dtype}; readable are {', '.join(DTYPES)}")
+    tokenizer = tokenizer_of(ckpt)
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        n = tokenizer.vocab_size
+        raise UserError(f"{path}: its tokenizer has {n} pieces, the model only {config.vocab_size}")
+    return ckpt, config
+
+
+def tokenizer_of(ckpt: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's tokenizer; its files say, beside the pieces, which tokens begin and end a text."""
+    if ckpt.tokenizer is None:
+        return None
+    return load_tokenizer(ckpt.tokenizer, {**ckpt.files, "config.json": json.dumps(ckpt.config).encode()})
+
+
+def common_dtype(ckpt: Checkpoint) -> torch.dtype:
+    """The weights' dtype. UserError where they have several."""
+    dtypes = {w.dtype for w in ckpt.meta.values()}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{ckpt.path}: holds weights of several dtypes ({names}); choose one with --dtype")
+    return dtypes.pop()
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Llama, Tokenizer | None]:
+    """Loads any checkpoint. Returns (model, tokenizer); the tokenizer is None where the checkpoint has none.
+
+    dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
+    """
+    ckpt, config = open_llama(path)
+    dtype = dtype or common_dtype(ckpt)
+    with torch.device("meta"):
+        model = Llama(config)
+    state = {name: w.to(device, dtype) for name, w in ckpt.items()}
+    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.history = ckpt.history
+    model.special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
+    return model, tokenizer_of(ckpt)
+
+
+def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
+    weights = {name: w.detach() for name, w in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
+    ckpt = Checkpoint(None, {**config_to_dict(model.config), **model.special_tokens}, tensors)
+    if tokenizer is not None:
+        if not hasattr(tokenizer, "data"):  # sentencepiece's own
+            tokenizer = load_tokenizer(tokenizer.serialized_model_proto())
+        ckpt.config["bos_token_id"] = tokenizer.bos
+        ends = [*tokenizer.eos] or [None]
+        ckpt.config["eos_token_id"] = ends[0] if len(ends) == 1 else ends  # several are a list, as in transformers
+        ckpt.tokenizer = tokenizer.data
+        ckpt.files = {name: data for name, data in tokenizer.files.items() if travels(name)}
+    ckpt.history = model.history
+    write_checkpoint(ckpt, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a look at a checkpoint
+
+
+def count_zeros(weight: Tensor) -> int:
+    return weight.numel() - weight.count_nonzero().item()
+
+
+def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
+    """The share of zeros of a weight (m, n), and the tightest of the usual N:M patterns that holds, or None."""
+    zeros = count_zeros(weight) / weight.numel()
+    for n, m in ((1, 4), (2, 8), (2, 4), (4, 8)):
+        if weight.shape[1] % m == 0 and (weight.reshape(-1, m) != 0).sum(1).max() <= n:
+            return zeros, f"{n}:{m}"
+    return zeros, None
+
+
+def describe(ckpt: Checkpoint, config: LlamaConfig) -> dict:
+    """What --info says of a checkpoint, which is read tensor by tensor."""
+    sizes, zeros, patterns = {}, {}, {}  # of each kind of linear, over all layers
+    for name in ckpt:
+        if name.endswith("_proj.weight"):
+            kind = name.split(".")[-2]
+            w = ckpt[name]
+            share, pattern = sparsity_of(w)
+            sizes[kind] = sizes.get(kind, 0) + w.numel()
+            zeros[kind] = zeros.get(kind, 0) + round(share * w.numel())
+            patterns.setdefault(kind, set()).add(pattern)
+    linears = {}
+    for kind, found in patterns.items():
+        pattern = found.pop() if len(found) == 1 else None
+        linears[kind] = {"sparsity": zeros[kind] / sizes[kind], "pattern": pattern}
+    family = [name for name, preset in PRESETS.items() if preset == config]
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.meta.values()})
+    return {
+        "family": family[0] if family else "LLaMA of its own shape",
+        "parameters": sum(w.numel() for w in ckpt.meta.values()),
+        "bytes": sum(w.numel() * w.element_size() for w in ckpt.meta.values()),
+        "dtype": ", ".join(dtypes),
+        "linears": linears,
+        "tokenizer": bool(ckpt.tokenizer),
+        "history": ckpt.history,
+        "config": dataclasses.asdict(config),
+    }
+
+
+def print_description(info: dict) -> None:
+    """Prints what `describe` returned on one screen."""
+    c = info["config"]
+    print(f"{info['family']}: {info['parameters']:,} parameters, {info['dtype']}, {info['bytes'] / 1e9:.3f} GB")
+    heads = f"{c['num_attention_heads']} heads ({c['num_key_value_heads']} key-value)"
+    print(f"{c['num_hidden_layers']} layers of {c['hidden_size']} / {c['intermediate_size']}, {heads}, ", end="")
+    print(f"vocabulary {c['vocab_size']:,}, {c['max_position_embeddings']:,} positions")
+    for kind, line in info["linears"].items():
+        print(f"  {kind:<10} {100 * line['sparsity']:6.2f}% zeros   {line['pattern'] or ''}")
+    for step in info["history"]:
+        print("  history: " + ", ".join(f"{key} {value}" for key, value in step.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what every command of the project shares: its flags, its errors, its processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -360,6 +585,12 @@ class Parser(argparse.ArgumentParser):
         if default not in (None, [], argparse.SUPPRESS) and "default" not in help:
             help += " (default: %(default)s)"
         return super().add_argument(*flags, help=help, **more)
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        for text in sys.argv[1:] if args is None else args:
+            if re.search("[\udc80-\udcff]", text):  # how Python spells bytes that are not UTF-8
+                self.error(f"the argument {ascii(text)} is not UTF-8")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -394,749 +625,109 @@ def check_device(device: str) -> None:
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
 
 
-def take_a_gpu() -> None:
-    """Gives each process of torchrun's on this machine a GPU of its own. UserError where there are too few."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs that torch sees")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def join_processes(device: str) -> tuple[int, int]:
+    """(rank, world): joins the process group that torchrun has prepared, each process with a GPU of its own. Without
+    torchrun (0, 1), and no group. UserError where there are too few GPUs."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    if device == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            n = torch.cuda.device_count()
+            raise UserError(f"--nproc_per_node: more processes than the {n} GPUs that torch sees")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # The others wait while rank 0 looks at 140 GB of weights or at a state: NCCL alone gives up after ten minutes.
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    return dist.get_rank(), world
 
 
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` (for a file or a directory); flushes and renames it if all went well."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        for file in [*tmp.iterdir()] if tmp.is_dir() else [tmp]:
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        if path.is_dir():
-            path.rmdir()  # an empty directory gives way; check_out refused any other
-        os.replace(tmp, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        with contextlib.suppress(OSError):  # a file where a folder should be, for one; it has been said above
-            shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+class Output:
+    """stdout or stderr, but a reader that leaves (`| head`) or a full disk silences it and does not end the run.
 
+    `error` is then what happened. Characters that the terminal's encoding lacks become question marks.
+    """
 
-def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:
-    """Refuses, before any work is done, a path that could not be written after it, or that is one of the command's
-    inputs. Names with .pt, .npy, .json or .jsonl are files, all others new or empty directories."""
-    path = Path(path)
-    if path.resolve() in [Path(p).resolve() for p in inputs]:
-        raise UserError(f"{flag} {path}: would be overwritten, and it is an input")
-    file = path.suffix in (".pt", ".npy", ".json", ".jsonl")
-    if file and path.is_dir():
-        raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
-    if not file and path.is_file():
-        raise UserError(f"{flag} {path}: is a file; a name without .pt is a directory")
-    if not file and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{flag} {path}: the directory is not empty; name a new one or remove it")
-    try:
-        existing = next(p for p in path.absolute().parents if p.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as e:
-        raise UserError(f"{flag} {path}: cannot be written: {e.strerror or e}") from None
-    return path
+    def __init__(self, stream: TextIO | None):
+        self.stream, self.error = stream, None
+        if stream is None:  # it was closed from the start
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(self.stream, "reconfigure"):  # a notebook's has not
+            self.stream.reconfigure(errors="replace")
 
-
-def read_json(path: str | Path, kind: type = object) -> Any:
-    """Parses a JSON file that holds a `kind` (dict, list); a missing or malformed one is a UserError that names it."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: is not JSON: {e}") from None
-    if not isinstance(data, kind):
-        raise UserError(f"{path}: is a JSON {type(data).__name__}, expected a {kind.__name__}")
-    return data
-
-
-def load_tokenizer(source: str | Path | bytes) -> SentencePieceProcessor:
-    """A sentencepiece model from its bytes, a file, a directory that holds tokenizer.model, or a .pt of ours."""
-    if isinstance(source, bytes):
-        name, data = "the checkpoint's tokenizer", source
-    elif Path(source).suffix == ".pt":
-        name, data = source, open_checkpoint(source).tokenizer
-        if data is None:
-            raise UserError(f"{name}: holds no tokenizer")
-    else:
-        name = Path(source) / "tokenizer.model" if Path(source).is_dir() else source
+    def write(self, text: str) -> int:
         try:
-            data = Path(name).read_bytes()
-        except OSError as e:
-            raise UserError(f"{name}: cannot be read: {e.strerror}") from None
+            self.stream.write(text)
+            self.stream.flush()  # so that a failure shows here, and not when Python closes the stream
+        except (OSError, ValueError) as e:  # ValueError: it was closed meanwhile
+            self.error = e
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def leave_with_parent() -> None:
+    """Ends this process when torchrun, which started it, is gone: a worker that it leaves behind would wait for ever in
+    the rendezvous, or go on beside the run that is started in its place."""
+    PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that Linux sends when the parent dies
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if (
+        parent.exists() and b"python" not in parent.read_bytes()
+    ):  # it died before the line above, and init is in its place
+        sys.exit("torchrun, which started this process, is gone")
+
+
+def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
+    """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
+    memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all."""
+    name = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_with_parent()
+
+    def tell(line: str) -> None:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        if first_to_speak():
+            print(f"{name}{rank}: {line}", file=sys.stderr)
+        else:  # torchrun ends all processes as soon as one exits; let it be the one that has spoken
+            time.sleep(5)
+
     try:
-        if not data:  # sentencepiece takes it for a model that is yet to be loaded
-            raise RuntimeError
-        return SentencePieceProcessor(model_proto=data)
-    except RuntimeError:
-        raise UserError(f"{name}: is not a sentencepiece model") from None
+        main()
+    except UserError as e:
+        tell(f"error: {' '.join(str(e).splitlines())}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        sys.exit(130)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        tell(f"error: out of memory ({str(e).splitlines()[0]:.100}); what helps: {out_of_memory}")
+        os._exit(2)  # whichever process it is; a GPU's collectives that are under way would hold up a tidy exit
+    lost = sys.stdout.error
+    if isinstance(lost, OSError) and lost.errno != errno.EPIPE:  # a reader that has left wanted no more
+        tell(f"error: standard output could not be written: {lost.strerror}")
+        sys.exit(1)
+
+
+def first_to_speak() -> bool:
+    """Whether no other process of this torchrun on this machine has spoken: each tries to take one socket name, which
+    the system frees when its process ends."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    global voice  # so that the socket lives as long as the process
+    voice = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(OSError):
+        voice.bind(f"\0spp-{os.getppid()}")
+        return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints: one mapping of names to tensors, whatever the layout
-
-
-class Checkpoint(Mapping):
-    """What a checkpoint holds, before any weight is read: a mapping from Hugging Face's names to tensors, each made
-    when it is asked for (memory-mapped where possible); `like`, their shapes and dtypes as meta tensors; `config`,
-    `tokenizer` (bytes or None), `history`, and `files` (name -> bytes), the small files that travel with a model."""
-
-    def __init__(self, path: Path | None, config: LlamaConfig, tensors: dict[str, tuple[Tensor, Callable[[], Tensor]]]):
-        self.path, self.config = path, config
-        self.like = {name: like for name, (like, _) in tensors.items()}
-        self.tensors = {name: get for name, (_, get) in tensors.items()}
-        self.tokenizer, self.history, self.files = None, [], {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]()
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self):
-        return len(self.tensors)
-
-    def changed(self, tensors: dict[str, Callable[[], Tensor]], entry: dict) -> "Checkpoint":
-        """A copy with other tensors of the same shapes and dtypes in place of some, and one more line of history."""
-        new = copy.copy(self)
-        new.tensors, new.history = self.tensors | tensors, [*self.history, entry]
-        return new
-
-    def block(self, i: int) -> dict[str, Tensor]:
-        """The tensors of layer i, under `Block`'s own names."""
-        prefix = f"model.layers.{i}."
-        return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
-
-    def fingerprint(self) -> str:
-        """A hash of names, shapes and 4,096 values of each tensor: the same in every layout, cheap for 70B."""
-        h = hashlib.sha256()
-        for name in sorted(self):
-            w = self[name].reshape(-1)
-            sample = w[len(w) // 2 :][:4096].contiguous()
-            h.update(f"{name} {len(w)} {w.dtype}".encode() + sample.view(torch.uint8).numpy().tobytes())
-        return h.hexdigest()[:16]
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens any of the three layouts and checks that names and shapes are those of a LLaMA of its config."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        if path.is_file():
-            ckpt = open_pt(path)
-        elif (path / "config.json").exists():
-            ckpt = open_hf(path)
-        elif (path / "params.json").exists():
-            ckpt = open_meta(path)
-        else:
-            raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
-    except OSError as e:
-        raise UserError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
-    if ckpt.config.n_layers > len(ckpt):  # before Llama() below makes that many blocks
-        raise UserError(f"{path}: config: {ckpt.config.n_layers} layers, but only {len(ckpt)} tensors")
-    with torch.device("meta"):
-        want = Llama(ckpt.config).state_dict()
-    if ckpt.config.tie_embeddings:
-        for names in (want, ckpt.tensors, ckpt.like):
-            names.pop("lm_head.weight", None)
-    missing, unknown = sorted(want.keys() - ckpt.keys()), sorted(ckpt.keys() - want.keys())
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
-        raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
-    for name, w in ckpt.like.items():
-        if w.shape != want[name].shape:
-            raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*want[name].shape]}")
-        if w.dtype not in SAFETENSORS_DTYPES.values():
-            raise UserError(f"{path}: {name} is {w.dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
-    if ckpt.tokenizer is not None:
-        size = load_tokenizer(ckpt.tokenizer).vocab_size()
-        if size > ckpt.config.vocab_size:
-            raise UserError(f"{path}: its tokenizer has {size} pieces, the model only {ckpt.config.vocab_size}")
-    return ckpt
-
-
-def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[Llama, SentencePieceProcessor | None]:
-    """Loads any checkpoint. Returns (model, tokenizer); the tokenizer is None where the checkpoint has none.
-
-    dtype: the weights' own by default. Raises UserError for what cannot be read or is no LLaMA.
-    """
-    ckpt = open_checkpoint(path)
-    dtypes = {w.dtype for w in ckpt.like.values()}
-    if dtype is None and len(dtypes) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(f"{path}: holds weights of several dtypes ({names}); choose one with --dtype")
-    with torch.device("meta"):
-        model = Llama(ckpt.config)
-    tied = ckpt.config.tie_embeddings
-    model.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.items()}, strict=not tied, assign=True)
-    model.tie_weights()
-    model.history = ckpt.history
-    return model, load_tokenizer(ckpt.tokenizer) if ckpt.tokenizer else None
-
-
-def save(model: Llama, path: str | Path, tokenizer: SentencePieceProcessor | None = None) -> None:
-    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
-    weights = {name: w.detach() for name, w in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]
-    tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
-    ckpt = Checkpoint(None, model.config, tensors)
-    ckpt.tokenizer = tokenizer.serialized_model_proto() if tokenizer else None
-    ckpt.history = model.history
-    write_checkpoint(ckpt, path)
-
-
-def write_checkpoint(
-    ckpt: Checkpoint,
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = 5 * 10**9,
-    layout: str = "hf",
-) -> None:
-    """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
-    max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
-    path = check_out(path)
-    like = {name: w.to(dtype or w.dtype) for name, w in ckpt.like.items()}
-    with atomic(path) as tmp:
-        if path.suffix == ".pt":
-            write_pt(tmp, ckpt, like)
-        elif layout == "meta":
-            write_meta(tmp, ckpt, like)
-        else:
-            write_hf(tmp, ckpt, like, max_shard_size)
-
-
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_SCALING = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3_KEYS}  # what each kind of scaling needs
-
-
-def checked_config(values: dict, source: str | Path, names: dict[str, str]) -> LlamaConfig:
-    """A LlamaConfig from a file's values, every one of them checked. Errors say what `names` has for our keys."""
-
-    def check(key: str, ok: bool, expected: str) -> None:
-        if not ok:
-            found = repr(values.get(key))[:80]
-            raise UserError(f"{source}: config: {names.get(key, key)} is {found}, expected {expected}")
-
-    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
-    positive = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
-    for name, x in values.items():
-        if name not in kinds:
-            raise UserError(f"{source}: config: {name}: unknown key")
-        if kinds[name] is int:
-            derived = name in ("n_kv_heads", "head_dim") and x == 0
-            check(name, positive(x, int) or derived, "a whole number from 1 to 2**28")
-        elif kinds[name] is float:
-            check(name, positive(x, int, float), "a number above 0")
-        elif kinds[name] is bool:
-            check(name, type(x) is bool, "true or false")
-    window, scaling = values.get("sliding_window"), values.get("rope_scaling")
-    check("sliding_window", window is None or positive(window, int), "a whole number above 0, or null")
-    if scaling is not None:
-        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
-        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
-        check("rope_scaling", all(positive(scaling.get(k), int, float) for k in needed), f"{', '.join(needed)} above 0")
-        values = values | {"rope_scaling": {k: scaling[k] for k in ("rope_type", *needed)}}
-    config = LlamaConfig(**values)
-    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
-    check("n_heads", config.n_heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
-    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of {config.n_heads}, the query heads")
-    return config
-
-
-# What travels with a model, besides tokenizer.model and history.json. Of config.json the special tokens' ids are kept.
-TRAVELS = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
-TRAVELS += ("chat_template*", "LICEN[SC]E*", "USE_POLICY*", "NOTICE*")
-
-
-def read_beside(path: Path, ckpt: Checkpoint) -> None:
-    """Gives the checkpoint what its directory holds besides weights and config."""
-    ckpt.files = {f.name: f.read_bytes() for pattern in TRAVELS for f in sorted(path.glob(pattern)) if f.is_file()}
-    ckpt.history = read_json(path / "history.json", list) if (path / "history.json").exists() else []
-    if (path / "tokenizer.model").exists():
-        ckpt.tokenizer = (path / "tokenizer.model").read_bytes()
-
-
-def write_beside(path: Path, ckpt: Checkpoint) -> None:
-    """What a directory of either layout holds besides weights and config."""
-    for name, data in ckpt.files.items():
-        if name != "config.json":
-            (path / name).write_bytes(data)
-    if ckpt.tokenizer:
-        (path / "tokenizer.model").write_bytes(ckpt.tokenizer)
-    if ckpt.history:
-        (path / "history.json").write_text(json.dumps(ckpt.history, indent=2) + "\n")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# our layout, and PyTorch files: .pt, .bin, .pth
-
-
-def torch_load(path: Path) -> Any:
-    """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
-    try:
-        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
-            # torch.save never writes two things that can swell without end: compressed entries and sized bytearrays.
-            if any(entry.compress_type for entry in z.infolist()):
-                raise ValueError("it is compressed")
-            if any(b"\nbytearray\n" in z.read(name) for name in z.namelist() if name.endswith("data.pkl")):
-                raise ValueError("it holds a bytearray")
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except Exception as e:  # zip, pickle and torch raise a dozen kinds for a damaged file
-        why = (str(e) or type(e).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: is truncated, damaged or not a PyTorch file ({why})") from None
-
-
-def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The state dict that is in a PyTorch file, alone or under `key`: memory-mapped, and checked to hold tensors."""
-    state = torch_load(path)
-    state = state[key] if key else state
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    for name, w in state.items():
-        if not isinstance(name, str) or not isinstance(w, Tensor) or w.layout != torch.strided or w.is_meta:
-            raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
-        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
-            raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
-    return state
-
-
-def torch_tensors(path: Path, key: str | None = None) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-    """For each tensor of a PyTorch file its shape, as a meta tensor, and a function that maps it. The file is mapped
-    anew at each call, so that pages read earlier do not stay in memory while a large model is walked."""
-    get = lambda name: torch_state(path, key)[name]
-    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
-
-
-def open_pt(path: Path) -> Checkpoint:
-    data = torch_load(path)
-    if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
-        raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
-    data = {"tokenizer": None, "history": [], "files": {}} | data
-    for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
-        if not isinstance(data[key], kind):
-            raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
-    for name, content in data["files"].items():
-        known = any(fnmatch.fnmatch(str(name), pattern) for pattern in TRAVELS) and "/" not in str(name)
-        if not known or not isinstance(content, bytes):
-            raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
-    try:  # whether these can be written out again
-        json.dumps([dict(entry) for entry in data["history"]])
-        dict(json.loads(data["files"].get("config.json", "{}")))
-    except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{path}: its history or config.json is damaged") from None
-    ckpt = Checkpoint(path, checked_config(data["config"], path, {}), torch_tensors(path, "model"))
-    ckpt.tokenizer, ckpt.history, ckpt.files = data["tokenizer"], data["history"], data["files"]
-    return ckpt
-
-
-def write_pt(path: Path, ckpt: Checkpoint, like: dict[str, Tensor]) -> None:
-    """Our layout: one dict of `config`, `tokenizer` (bytes or None), `history`, `files` and `model`, the state dict."""
-    about = {"config": dataclasses.asdict(ckpt.config), "tokenizer": ckpt.tokenizer, "history": ckpt.history}
-    write_torch(path, ckpt, like, about | {"files": ckpt.files})
-
-
-def write_torch(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor], about: dict | None = None) -> None:
-    """torch.save of the tensors that `like` names, in its dtypes: a state dict, or with `about` that dict and the state
-    dict as its `model`. One tensor at a time is in memory.
-
-    Blank tensors are saved first, which take room in the file but none in memory; then each weight is written at its
-    offset. The zip's checksums of the weights stay empty; torch.load does not look at them.
-    """
-    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in like.items()}
-    try:
-        with skip_data():
-            torch.save(blank if about is None else about | {"model": blank}, path)
-    except RuntimeError as e:  # torch's word for a full disk
-        raise OSError(str(e).splitlines()[0]) from None
-    saved = torch.load(path, map_location="meta", weights_only=True)
-    saved = saved if about is None else saved["model"]
-    with open(path, "r+b") as f:
-        for name, w in like.items():
-            f.seek(saved[name].untyped_storage()._checkpoint_offset)
-            f.write(tensor_bytes(tensors[name].to(w.dtype)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# .safetensors files
-
-
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """The header of a .safetensors file: name -> (dtype, shape, first byte, end), each checked against the file.
-
-    Layout: 8 bytes with the header's length (little-endian), the header as JSON, then the tensors' bytes, to which
-    the header's offsets are relative, without holes or overlaps.
-    """
-
-    def damaged(what: str) -> UserError:
-        return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
-
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if n > min(size - 8, 2**24):  # 100 times a 70B model's
-            raise damaged(f"{size} bytes with a header of {n}")
-        try:
-            header = json.loads(f.read(n), object_pairs_hook=no_duplicates)
-        except (ValueError, RecursionError):
-            raise damaged("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise damaged("its header is not a JSON object")
-    start = 8 + n
-    index = {}
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(a), int(b)]}:
-                if dtype not in SAFETENSORS_DTYPES:
-                    raise UserError(f"{path}: {name} is {dtype}; readable are {', '.join(SAFETENSORS_DTYPES)}")
-                dtype = SAFETENSORS_DTYPES[dtype]
-            case _:
-                raise damaged(f"{name} has no dtype, shape and data_offsets")
-        if not all(type(d) is int and d > 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
-            raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
-        index[name] = (dtype, shape, start + a, start + b)
-    at = start
-    for name, (_, _, first, end) in sorted(index.items(), key=lambda item: item[1][2:]):
-        if first != at or end > size:
-            raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {at}")
-        at = end
-    return index
-
-
-def no_duplicates(pairs: list) -> dict:
-    """A JSON object's pairs as a dict; ValueError for a repeated name."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a repeated name")
-    return dict(pairs)
-
-
-def safetensors_tensors(path: Path) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-    """For each tensor of a .safetensors file its shape, as a meta tensor, and a function that maps it."""
-    return {
-        name: (torch.empty(shape, dtype=dtype, device="meta"), functools.partial(map_tensor, path, dtype, shape, a, b))
-        for name, (dtype, shape, a, b) in safetensors_index(path).items()
-    }
-
-
-def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
-    """A tensor over the bytes [first, end) of a file, read when touched and unmapped when freed."""
-    data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[first:end]
-    if first % dtype.itemsize:
-        data = data.clone()  # torch cannot view an unaligned slice
-    return data.view(dtype).view(shape)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], like: dict[str, Tensor] | None = None) -> None:
-    """Writes the tensors that `like` names, in its dtypes (all and as they are, by default), one at a time."""
-    like = like or tensors
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    for name, w in like.items():
-        end = offset + w.numel() * w.element_size()
-        header[name] = {"dtype": dtypes[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, w in like.items():
-            f.write(tensor_bytes(tensors[name].to(w.dtype)))
-
-
-def tensor_bytes(w: Tensor) -> np.ndarray:
-    """A tensor's bytes, as an array that a file can write."""
-    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face's layout
-
-
-# LlamaConfig's name of each setting, and config.json's
-HF_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "tie_embeddings": "tie_word_embeddings",
-    "sliding_window": "sliding_window",
-}
-
-
-def open_hf(path: Path) -> Checkpoint:
-    """config.json, with model*.safetensors or pytorch_model*.bin, one or many; all that hold tensors of the model."""
-    tensors = {}
-    for file in sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):
-        more = torch_tensors(file) if file.suffix == ".bin" else safetensors_tensors(file)
-        if twice := sorted(tensors.keys() & more.keys()):
-            raise UserError(f"{file}: {twice[0]} stands in another file too")
-        tensors |= {k: entry for k, entry in more.items() if not k.endswith("inv_freq")}  # see `rope_frequencies`
-    if not tensors:
-        raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
-    ckpt = Checkpoint(path, hf_to_config(path / "config.json"), tensors)
-    read_beside(path, ckpt)
-    return ckpt
-
-
-def hf_to_config(path: Path) -> LlamaConfig:
-    """Hugging Face's config.json, of any age, as a LlamaConfig."""
-    c = read_json(path, dict)
-    if c.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"{path}: model_type is {c.get('model_type')!r}, not a LLaMA's")
-    for key in ("attention_bias", "mlp_bias"):
-        if c.get(key):
-            raise UserError(f"{path}: {key} is true; LLaMA's linears have no bias")
-    if c.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}; LLaMA's is silu")
-    window = c.get("sliding_window", 4096) if c["model_type"] == "mistral" else None  # absent: transformers has 4,096
-    defaults = {"num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    defaults |= {"tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
-    absent = [key for key in ("num_key_value_heads", "head_dim", "rope_parameters") if c.get(key) is None]  # or null
-    c = defaults | {key: value for key, value in c.items() if key not in absent} | {"sliding_window": window}
-    rope = c.get("rope_parameters", c["rope_scaling"])
-    if isinstance(rope, dict):  # transformers 5 keeps theta and scaling in one dict; an older name is "type"
-        rope = {"rope_type": rope.get("type", "default"), "rope_theta": c["rope_theta"]} | rope
-        c["rope_theta"] = rope.pop("rope_theta")
-        rope.pop("type", None)
-        rope = rope if rope["rope_type"] != "default" else None
-    c["rope_scaling"] = rope
-    if missing := [key for key in HF_KEYS.values() if key not in c]:
-        raise UserError(f"{path}: has no {missing[0]}")
-    return checked_config({ours: c[theirs] for ours, theirs in HF_KEYS.items()}, path, HF_KEYS)
-
-
-def write_hf(path: Path, ckpt: Checkpoint, like: dict[str, Tensor], max_shard_size: int) -> None:
-    """Hugging Face's layout, in shards of at most max_shard_size bytes where a tensor allows."""
-    path.mkdir()
-    shards, size = [[]], 0
-    for name, w in like.items():
-        nbytes = w.numel() * w.element_size()
-        if size and size + nbytes > max_shard_size:
-            shards, size = [*shards, []], 0
-        shards[-1].append(name)
-        size += nbytes
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_safetensors(path / file, ckpt, {name: like[name] for name in names})
-        weight_map |= dict.fromkeys(names, file)
-    write_hf_extras(path, ckpt, weight_map, like["model.norm.weight"].dtype)
-
-
-def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], dtype: torch.dtype) -> None:
-    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
-    c = ckpt.config
-    source = json.loads(ckpt.files.get("config.json", '{"bos_token_id": 1, "eos_token_id": 2}'))
-    mistral = c.sliding_window is not None
-    config = {"architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]}
-    config |= {"model_type": "mistral" if mistral else "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
-    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    config |= {theirs: getattr(c, ours) for ours, theirs in HF_KEYS.items() if mistral or ours != "sliding_window"}
-    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(set(weight_map.values())) > 1:
-        total = sum(ckpt.like[name].numel() * dtype.itemsize for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_beside(path, ckpt)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Meta's layout
-
-
-# params.json does not hold the training length; norm_eps tells LLaMA (2,048) from LLaMA-2 (4,096)
-META_SEQ_LEN = {1e-6: 2048, 1e-5: 4096}
-META_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-}
-HF_NAMES = {hf: meta for meta, hf in META_NAMES.items()}
-
-
-def open_meta(path: Path) -> Checkpoint:
-    """Meta's layout: params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
-    p = read_json(path / "params.json", dict)
-    files = sorted(path.glob("consolidated.*.pth"))
-    if not files:
-        raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
-    if p.get("use_scaled_rope"):  # its factor stands nowhere, and differs between LLaMA 3.1 and 3.2
-        raise UserError(f"{path}/params.json: use_scaled_rope is true; take the model's Hugging Face directory")
-    parts = [torch_state(file) for file in files]
-    try:
-        values = {
-            "vocab_size": len(parts[0]["output.weight"]) * len(parts),
-            "hidden_size": p["dim"],
-            "intermediate_size": len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
-            "n_layers": p["n_layers"],
-            "n_heads": p["n_heads"],
-            "n_kv_heads": p.get("n_kv_heads") or 0,
-            "max_seq_len": p.get("max_seq_len") or META_SEQ_LEN.get(p["norm_eps"], 4096),
-            "norm_eps": p["norm_eps"],
-            "rope_theta": p.get("rope_theta", 10000.0),
-        }
-        config = checked_config(values, path / "params.json", {"hidden_size": "dim"})
-        get = lambda name: join_meta([torch_state(file)[name] for file in files], name, config)
-        tensors = {}
-        for name in [name for name in parts[0] if name != "rope.freqs"]:  # those are computed, see `rope_frequencies`
-            like = join_meta([part[name].to("meta") for part in parts], name, config)
-            tensors[rename(name, META_NAMES)] = (like, functools.partial(get, name))
-    except (KeyError, IndexError) as e:
-        raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
-    except (RuntimeError, TypeError) as e:
-        raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
-    ckpt = Checkpoint(path, config, tensors)
-    read_beside(path, ckpt)
-    if not ckpt.tokenizer and (above := path.parent / "tokenizer.model").exists():  # Meta's download has it there
-        ckpt.tokenizer = above.read_bytes()
-    return ckpt
-
-
-def rename(name: str, names: dict[str, str]) -> str:
-    """A tensor's name in the other layout, by META_NAMES or HF_NAMES; one that is not there stays as it is."""
-    i = "".join(re.findall(r"\blayers\.(\d+)\.", name))
-    pattern = name.replace(f"layers.{i}.", "layers.{}.")
-    return names[pattern].format(i) if pattern in names else name
-
-
-def rotary_rows(w: Tensor, head_dim: int, to_hf: bool) -> Tensor:
-    """wq or wk with its rows reordered: Meta turns the pairs (x_0, x_1), (x_2, x_3), ..., Hugging Face (x_0, x_{d/2}),
-    (x_1, x_{d/2 + 1}), ..."""
-    pairs = (head_dim // 2, 2) if to_hf else (2, head_dim // 2)
-    return w.view(-1, *pairs, w.shape[1]).transpose(1, 2).reshape(w.shape)
-
-
-def join_meta(parts: list[Tensor], name: str, config: LlamaConfig) -> Tensor:
-    """One whole matrix from its model-parallel slices, rows reordered where Meta rotates neighbouring pairs."""
-    if parts[0].dim() == 1 or len(parts) == 1:  # norms are replicated
-        w = parts[0]
-    else:  # wo and w2 are cut along their input; embeddings too, but by rows since LLaMA-3
-        by_input = name.endswith(("wo.weight", "w2.weight")) or parts[0].shape[1] * len(parts) == config.hidden_size
-        w = torch.cat(parts, 1 if by_input else 0)
-    return rotary_rows(w, config.head_dim, to_hf=True) if name.endswith(("wq.weight", "wk.weight")) else w
-
-
-def meta_params(c: LlamaConfig) -> dict:
-    """Meta's params.json; UserError for what it cannot say. max_seq_len, a key of our own, is added where the training
-    length is not the one that norm_eps stands for."""
-    missing = {"rope_scaling": c.rope_scaling, "sliding_window": c.sliding_window}
-    missing["head_dim"] = c.head_dim * c.n_heads != c.hidden_size
-    if keys := [key for key, there in missing.items() if there]:
-        raise UserError(f"--layout meta: has no room for the model's {keys[0]}; --layout hf has")
-    params = {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
-    params |= {"vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
-    # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
-    width = 8 * c.hidden_size // 3
-    params["multiple_of"] = c.intermediate_size & -c.intermediate_size  # the largest power of 2 that divides it
-    if -(-width // params["multiple_of"]) * params["multiple_of"] != c.intermediate_size:
-        params["ffn_dim_multiplier"] = (c.intermediate_size + 0.5) / width
-    usual = c.max_seq_len == META_SEQ_LEN.get(c.norm_eps, 4096)
-    return params if usual else params | {"max_seq_len": c.max_seq_len}
-
-
-def write_meta(path: Path, ckpt: Checkpoint, like: dict[str, Tensor]) -> None:
-    """Meta's layout in one part, the inverse of `open_meta`. Tied embeddings are written twice, as Meta's code asks."""
-    c = ckpt.config
-    params = meta_params(c)
-    sources = {rename(name, HF_NAMES): name for name in like}
-    if c.tie_embeddings:
-        sources["output.weight"] = "model.embed_tokens.weight"
-
-    def get(name: str) -> Tensor:
-        w = ckpt[sources[name]]
-        return rotary_rows(w, c.head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else w
-
-    tensors = {name: (like[source], functools.partial(get, name)) for name, source in sources.items()}
-    path.mkdir()
-    part = Checkpoint(None, c, tensors)
-    write_torch(path / "consolidated.00.pth", part, part.like)
-    (path / "params.json").write_text(json.dumps(params) + "\n")
-    write_beside(path, ckpt)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# a look at a checkpoint, and the command
-
-
-def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
-    """The share of zeros, and the tightest of the usual N:M patterns that holds (None where none does)."""
-    zeros = 1 - weight.count_nonzero().item() / weight.numel()
-    for n, m in ((1, 4), (2, 8), (2, 4), (4, 8)):
-        if weight.shape[1] % m == 0 and (weight.reshape(-1, m) != 0).sum(1).max() <= n:
-            return zeros, f"{n}:{m}"
-    return zeros, None
-
-
-def describe(ckpt: Checkpoint) -> dict:
-    """What --info says of a checkpoint, which is read tensor by tensor."""
-    sizes, zeros, patterns = {}, {}, {}  # of each kind of linear, over all layers
-    for name in ckpt:
-        if name.endswith("_proj.weight"):
-            kind = name.split(".")[-2]
-            w = ckpt[name]
-            share, pattern = sparsity_of(w)
-            sizes[kind] = sizes.get(kind, 0) + w.numel()
-            zeros[kind] = zeros.get(kind, 0) + share * w.numel()
-            patterns.setdefault(kind, set()).add(pattern)
-    linears = {
-        kind: {"sparsity": zeros[kind] / sizes[kind], "pattern": found.pop() if len(found) == 1 else None}
-        for kind, found in patterns.items()
-    }
-    return {
-        "family": next((name for name, c in PRESETS.items() if c == ckpt.config), "LLaMA of its own shape"),
-        "parameters": sum(w.numel() for w in ckpt.like.values()),
-        "bytes": sum(w.numel() * w.element_size() for w in ckpt.like.values()),
-        "dtype": str(ckpt.like["model.norm.weight"].dtype).removeprefix("torch."),
-        "linears": linears,
-        "tokenizer": bool(ckpt.tokenizer),
-        "history": ckpt.history,
-        "config": dataclasses.asdict(ckpt.config),
-    }
-
-
-def print_description(about: dict) -> None:
-    """Prints what `describe` returned on one screen."""
-    c = about["config"]
-    print(f"{about['family']}: {about['parameters']:,} parameters, {about['dtype']}, {about['bytes'] / 1e9:.3f} GB")
-    print(f"{c['n_layers']} layers of {c['hidden_size']} / {c['intermediate_size']}, {c['n_heads']} heads", end="")
-    print(f" ({c['n_kv_heads']} key-value), vocabulary {c['vocab_size']:,}, {c['max_seq_len']:,} positions")
-    for kind, line in about["linears"].items():
-        print(f"  {kind:<10} {100 * line['sparsity']:6.2f}% zeros   {line['pattern'] or ''}")
-    for step in about["history"]:
-        print("  history: " + ", ".join(f"{key} {value}" for key, value in step.items()))
+# the command
 
 
 def parse_size(text: str) -> int:
@@ -1149,16 +740,18 @@ def parse_size(text: str) -> int:
 
 
 def complete(
-    model: Llama, tokenizer: SentencePieceProcessor, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0
+    model: Llama, tokenizer: Tokenizer, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0
 ) -> str:
     """The prompt and up to n tokens that go on from it, as text; see `generate`."""
-    tokens = [id for id in (tokenizer.bos_id(), *tokenizer.encode(prompt)) if id >= 0]  # -1: it has no BOS
+    prompt_tokens = tokenizer.encode(prompt)
+    tokens = prompt_tokens if tokenizer.bos is None else [tokenizer.bos, *prompt_tokens]
     if not tokens:
         raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
     model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
-    if len(tokens) + n > model.config.max_seq_len:
-        print(f"note: the model was trained on {model.config.max_seq_len} tokens at most", file=sys.stderr)
-    return tokenizer.decode(tokens + list(generate(model, tokens, n, temperature, top_p, tokenizer.eos_id())))
+    if len(tokens) + n > model.config.max_position_embeddings:
+        print(f"note: the model was trained on {model.config.max_position_embeddings} tokens at most", file=sys.stderr)
+    new = generate(model, tokens, n, temperature, top_p, tokenizer.eos)
+    return tokenizer.decode(prompt_tokens + [token for token in new if token not in tokenizer.eos])
 
 
 def main() -> None:
@@ -1186,17 +779,20 @@ def main() -> None:
     if args.out:
         check_out(args.out, inputs=[args.ckpt])
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    ckpt = open_checkpoint(args.ckpt)
+    ckpt, config = open_llama(args.ckpt)
     if args.info:
-        about = describe(ckpt)
-        print(json.dumps(about, indent=2)) if args.json else print_description(about)
+        info = describe(ckpt, config)
+        if args.json:
+            print(json.dumps(info, indent=2))
+        else:
+            print_description(info)
     if args.out:
         write_checkpoint(ckpt, args.out, dtype, args.max_shard_size, args.layout)
         print(f"wrote {args.out}")
     if args.prompt is not None:
         model, tokenizer = load(args.ckpt, dtype)
         if tokenizer is None:
-            raise UserError(f"--ckpt {args.ckpt}: has no tokenizer.model")
+            raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
         torch.manual_seed(args.seed)
         print(complete(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p))
 

@@ -36,8 +36,7 @@ that was asked for is removed, by rank. Their threshold, `<= sorted[k]`, removes
 
 import argparse
 import dataclasses
-import hashlib
-import json
+import math
 import os
 import shutil
 import sys
@@ -49,27 +48,37 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import (
-    Block,
+from data.checkpoint import (
+    VERSION,
     Checkpoint,
-    Llama,
-    LlamaConfig,
-    Parser,
     UserError,
-    add_device,
     atomic,
-    check_device,
     check_out,
-    cli,
-    number,
-    open_checkpoint,
+    digest,
+    lock,
     open_hf,
     read_json,
-    rope_tables,
+    read_npy,
+    save_torch,
     torch_load,
     write_checkpoint,
     write_hf_extras,
+    write_json,
     write_safetensors,
+)
+from model import (
+    Block,
+    Llama,
+    LlamaConfig,
+    Parser,
+    add_device,
+    check_device,
+    cli,
+    common_dtype,
+    count_zeros,
+    number,
+    open_llama,
+    rope_tables,
 )
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -88,8 +97,12 @@ Sparsity = float | tuple[int, int]  # the share of zeros, or (N, M)
 Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 
 
-def parse_sparsity(text: str) -> Sparsity:
-    """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input. UserError for the rest."""
+def parse_sparsity(text: str | Sparsity) -> Sparsity:
+    """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
+    they are. UserError for the rest."""
+    if isinstance(text, tuple):
+        text = ":".join(map(str, text))
+    text = str(text)
     try:
         if ":" in text:
             n, m = (int(part) for part in text.split(":"))
@@ -100,6 +113,11 @@ def parse_sparsity(text: str) -> Sparsity:
     except ValueError:
         pass
     raise UserError(f"--sparsity {text}: expected a share of zeros such as 0.5, or N:M such as 2:4 (2 kept of 4)")
+
+
+def format_sparsity(sparsity: Sparsity) -> str:
+    """The inverse of `parse_sparsity`: (2, 4) -> "2:4"."""
+    return ":".join(map(str, sparsity)) if isinstance(sparsity, tuple) else str(sparsity)
 
 
 @dataclasses.dataclass
@@ -121,9 +139,9 @@ class Statistics:
     """What is known of an input of C numbers. Sums are over all tokens, divided by the number of sequences."""
 
     square: Tensor  # (C,) float32: A, the sum of x^2
-    total: Tensor  # (C,) float32: S, the sum of x; for DSnoT, otherwise 0
-    variance: Tensor  # (C,) float32: V, the variance within a sequence, its mean over sequences; for DSnoT, otherwise 0
-    hessian: Tensor | None  # (C, C) float32: H, 2 * the sum of x x^T, its lower triangle alone; for SparseGPT
+    total: Tensor  # (C,) float32: S, the sum of x; DSnoT's, otherwise 0
+    variance: Tensor  # (C,) float32: V, the variance within a sequence, its mean over sequences; DSnoT's, otherwise 0
+    hessian: Tensor | None  # (C, C) float32: H, 2 * the sum of x x^T, its lower triangle alone; SparseGPT's
     sample: Tensor  # (SAMPLE, C), the model's dtype: some of the inputs, to measure output errors on
     U: Tensor | None = None  # (C, C) float32: the upper Cholesky factor of the damped Hessian's inverse
 
@@ -137,18 +155,19 @@ def prune_model(
     model: Llama,
     calib: np.ndarray | Tensor,
     method: str = "wanda",
-    sparsity: str | float | Callable[[str], Sparsity] = "0.5",
+    sparsity: str | Sparsity | Callable[[str], Sparsity] = "0.5",
     dsnot_cycles: int = 0,
     dsnot_threshold: float = 0.1,
 ) -> list[dict]:
     """Prunes the seven linears of every block of a loaded model, in place. Returns a report of each linear.
 
-    calib: token ids (nsamples, seqlen), an array or a tensor. sparsity: "0.5", "2:4", or a function from a linear's
-    name ("layers.3.mlp.up_proj") to 0.5 or (2, 4). dsnot_cycles: the swaps of DSnoT, 0 for none. A line of the report
-    has the linear's name ("layer"), its zeros, its size, and the relative change of its output ("error").
+    calib: token ids (nsamples, seqlen), an array or a tensor. sparsity: "0.5", "2:4", 0.5, (2, 4), or a function from a
+    linear's name ("layers.3.mlp.up_proj") to 0.5 or (2, 4). dsnot_cycles: the swaps of DSnoT, 0 for none. A line of the
+    report has the linear's name ("layer"), its zeros, its size, and the relative change of its output ("error"). What
+    was done is added to the model's history.
     UserError for a method, sparsity or token that is none, and for weights or activations that hold NaN or Inf.
     """
-    pattern = sparsity if callable(sparsity) else parse_sparsity(str(sparsity))
+    pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)
@@ -157,6 +176,10 @@ def prune_model(
     report = []
     for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
         report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+    entry = {"method": method, "sparsity": "by layer" if callable(sparsity) else format_sparsity(pattern)}
+    if dsnot_cycles:
+        entry.update(dsnot_cycles=dsnot_cycles, dsnot_threshold=dsnot_threshold)
+    model.history = [*model.history, entry]
     return report
 
 
@@ -168,11 +191,11 @@ def prune_block(
     settings: Settings,
     tables: Tables,
     batch: int,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[dict]:
     """Prunes block i in place, and replaces x (sequences, T, hidden_size), its inputs, by its outputs.
 
-    batch: sequences run at once. say: where a remark about damping goes. Returns a report of each linear.
+    batch: sequences run at once. log: where a remark about damping goes. Returns a report of each linear.
     """
     for name, w in block.named_parameters():
         if not all(bound.isfinite() for bound in w.aminmax()):  # the bounds of what holds a NaN are NaN
@@ -185,17 +208,19 @@ def prune_block(
             hint = "; try --dtype bfloat16 or float32" if x.dtype == torch.float16 else ""
             raise UserError(f"layers.{i}.{first}: its inputs hold NaN or Inf{hint}")
         if s.hessian is not None:
-            s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", say)
+            s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", log)
             s.hessian = None
         for name in names:
             linear = block.get_submodule(name)
             full_name = f"layers.{i}.{name}"
-            sparsity = settings.sparsity(full_name) if callable(settings.sparsity) else settings.sparsity
+            sparsity = settings.sparsity
+            if callable(sparsity):
+                sparsity = sparsity(full_name)
             if isinstance(sparsity, tuple) and linear.in_features % sparsity[1]:
                 raise UserError(f"{full_name}: {linear.in_features} columns are no multiple of M = {sparsity[1]}")
-            swapped = name.startswith("self_attn")  # by DSnoT
+            swapped = name.startswith("self_attn")  # by DSnoT, whose official code leaves the MLP's masks alone
             report.append({"layer": full_name, **prune_linear(linear, s, sparsity, settings, swapped)})
-        del s
+        del s  # the last name of its Hessian
     run_block(block, x, tables, batch)
     return report
 
@@ -208,15 +233,16 @@ def gather_statistics(
     hessian: whether to sum up Hessians. moments: whether to sum up what DSnoT needs, total and variance.
     """
     n_sequences, T, _ = x.shape
-    stride = max(1, n_sequences * T // SAMPLE)
+    stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over all tokens
     linears = {name: block.get_submodule(name) for name in GROUPS}
     stats, hooks = {}, []
     for name, linear in linears.items():
         C = linear.in_features
         square, total, variance = torch.zeros(3, C, device=x.device)
         H = torch.zeros(C, C, device=x.device) if hessian else None
-        s = stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
-        hook = lambda module, args, s=s: add_batch(s, args[0], n_sequences, moments, stride)
+        stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
+        # s=stats[name] binds the present one: a lambda looks its names up when it is called, at the loop's end
+        hook = lambda module, args, s=stats[name]: add_batch(s, args[0], n_sequences, moments, stride)
         hooks.append(linear.register_forward_pre_hook(hook))
     # Nobody reads what comes out of this pass, and down_proj comes last in it: once its input is seen, its matmul, a
     # fifth of a LLaMA block's work, is left out.
@@ -237,9 +263,10 @@ def add_batch(s: Statistics, inputs: Tensor, n_sequences: int, moments: bool, st
         s.total += tokens.sum(0) / n_sequences
         s.variance += inputs.float().var(1, unbiased=False).sum(0) / n_sequences
     if s.hessian is not None:
-        # H is symmetric: of each quarter of its columns only the rows from the diagonal's on, 5/8 of the work.
+        # H is symmetric, and Cholesky reads one triangle. Four strips of columns, each from the diagonal down, are 5/8
+        # of the work of all of H; more strips would save more, but thinner products run slower.
         C = len(s.hessian)
-        width = -(-C // 4)
+        width = math.ceil(C / 4)
         for a in range(0, C, width):
             b = min(a + width, C)
             s.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
@@ -260,7 +287,7 @@ def check_calib(
     nsamples: how many of its sequences to take, by default all. UserError, which begins with `name`, where there are
     fewer, where the array has another dtype or shape, or where a token is none of the vocabulary's.
     """
-    calib = np.asarray(calib)
+    calib = np.asarray(calib.cpu() if isinstance(calib, Tensor) else calib)
     if calib.ndim != 2 or calib.dtype.kind not in "iu" or not calib.size:
         raise UserError(f"{name}: holds {calib.dtype} of shape {calib.shape}, expected token ids (nsamples, seqlen)")
     if nsamples and len(calib) < nsamples:
@@ -281,7 +308,8 @@ def batch_size(config: LlamaConfig, tokens: Tensor, device: torch.device | str) 
     if torch.device(device).type == "cpu":
         return max(1, 2048 // T)
     hidden, mlp = config.hidden_size, config.intermediate_size
-    # activations of all sequences; the largest Hessian three times (see cholesky_factor), the others, and the block
+    # In bytes, as if all were float32: the activations of all sequences; the largest Hessian three times (while
+    # `cholesky_factor` works, its copy and the factor stand beside it), the three others once, and the block.
     fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 4 * hidden**2 + 3 * hidden * mlp)
     each = 4 * T * (8 * hidden + 6 * mlp)  # what a sequence keeps alive in a block, and float32 copies
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -298,22 +326,26 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
     Returns its zeros, its size, and the relative change of its output on the sample, |x W'^T - x W^T| / |x W^T|.
     """
     W = linear.weight.data  # (R, C)
-    y = (s.sample @ W.T).float()  # (SAMPLE, R)
+    y = (s.sample @ W.T).float()  # (SAMPLE, R), before anything is changed
     # With DSnoT every linear, swapped or not, has a mask that is chosen row by row, and weights that do not change.
     dsnot_follows = settings.dsnot_cycles > 0
     if settings.method == "sparsegpt" and not dsnot_follows:
         W.copy_(sparsegpt(W, s.square == 0, s.U, sparsity))
     else:
         whole = settings.method == "magnitude" and not dsnot_follows and not isinstance(sparsity, tuple)
-        # Where rows do not depend on each other, a few at a time: scores and their ranks take 20 bytes a weight.
-        for rows in [W] if whole else W.split(max(1, 2**24 // W.shape[1])):
+        rows_at_once = max(
+            1, 2**24 // W.shape[1]
+        )  # where they do not depend on each other: scores take 20 bytes a weight
+        if whole:
+            rows_at_once = len(W)
+        for rows in W.split(rows_at_once):
             score = score_weights(rows, s, settings.method)
             mask = keep_mask(score, sparsity, whole)
             if dsnot_follows and swapped:
                 mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
             rows.mul_(mask)
-    change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)
-    return {"zeros": W.numel() - W.count_nonzero().item(), "size": W.numel(), "error": change.item()}
+    change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
+    return {"zeros": count_zeros(W), "size": W.numel(), "error": change.item()}
 
 
 def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
@@ -326,6 +358,15 @@ def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
     return score
 
 
+def check_pattern(sparsity: Sparsity, config: LlamaConfig) -> None:
+    """UserError where an N:M pattern's groups do not fit the inputs of a linear."""
+    if isinstance(sparsity, tuple):
+        for C in (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim):
+            if C % sparsity[1]:
+                text = format_sparsity(sparsity)
+                raise UserError(f"--sparsity {text}: a linear has {C} columns, no multiple of {sparsity[1]}")
+
+
 def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     """What stays, (R, C) bool, True = kept: the highest of each group of M (N:M), of each row, or of the whole matrix.
 
@@ -334,42 +375,12 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     """
     if isinstance(sparsity, tuple):
         n, m = sparsity
-        groups = score.reshape(-1, m)
-        keep = keep_by_comparing(groups, m - n) if m <= 8 else keep_by_rank(groups, m - n)  # beyond: too many pairs
+        groups, k = score.reshape(-1, m), m - n
     else:
-        rows = score.reshape(1, -1) if whole else score
-        keep = keep_by_rank(rows, int(rows.shape[1] * sparsity))
-    return keep.reshape(score.shape)
-
-
-def keep_by_rank(score: Tensor, k: int) -> Tensor:
-    """All but the k lowest of each row: (rows, columns) bool."""
-    if k == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(k, dim=1, keepdim=True).values  # (rows, 1): the highest score that goes
-    keep = score > threshold
-    places = score.shape[1] - k - keep.sum(1, keepdim=True)  # (rows, 1): how many of those that equal it stay
-    if places.any():
-        ties = score == threshold
-        from_the_right = ties.flip(1).cumsum(1, dtype=torch.int32).flip(1)  # 1 for the rightmost tie, 2 for the next
-        keep |= ties & (from_the_right <= places)
-    return keep
-
-
-def keep_by_comparing(score: Tensor, k: int) -> Tensor:
-    """The same for very short rows, by comparing all pairs of columns: an entry stays if k or more go before it.
-
-    Sorting many short rows is slow: on 1024 x 2816 scores and one CPU thread a stable argsort and a scatter take 3.5
-    times as long for 2:4 and 2 times for 2:8, keep_by_rank 3 and 1.9 times. (topk promises no order of equal scores.)
-    """
-    columns = score.unbind(1)
-    before = torch.zeros(len(columns), len(score), dtype=torch.uint8, device=score.device)  # how many go before it
-    for right in range(len(columns)):
-        for left in range(right):
-            left_goes_first = columns[left] <= columns[right]
-            before[right] += left_goes_first
-            before[left] += ~left_goes_first
-    return (before >= k).T
+        groups = score.reshape(1, -1) if whole else score
+        k = int(groups.shape[1] * sparsity)
+    lowest = groups.argsort(dim=1, stable=True)[:, :k]  # stable: equal scores stay in the order of their columns
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score.shape)
 
 
 def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int = 128) -> Tensor:
@@ -380,11 +391,10 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
     weights as updated by then. An update reaches the end of the slab at once, all columns beyond it at the slab's end.
     """
     W = W.float().masked_fill(dead, 0)
+    group = slab  # the columns whose mask is chosen together
     if isinstance(sparsity, tuple):
         group = sparsity[1]
         slab = max(group, slab - slab % group)  # whole groups; the result does not depend on it
-    else:
-        group = slab
     for start in range(0, W.shape[1], slab):
         end = min(start + slab, W.shape[1])
         u = U[start:end, start:end]  # (slab, slab)
@@ -395,19 +405,19 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
             score = w[columns].T.square() / u.diagonal()[columns].square()  # (R, group)
             keep = keep_mask(score, sparsity, whole=True).T.contiguous()  # (group, R)
             for j, kept in enumerate(keep, first):
-                errors[j] = w[j].masked_fill(kept, 0) / u[j, j]
-                w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)
-                w[j].mul_(kept)
+                errors[j] = w[j].masked_fill(kept, 0) / u[j, j]  # what goes, measured against the column's own scale
+                w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
+                w[j].mul_(kept)  # to the last bit
         W[:, start:end] = w.T
-        W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)
+        W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)  # one product in place of a pass for each column
     return W
 
 
-def cholesky_factor(H: Tensor, name: str, say: Callable[[str], None]) -> Tensor:
+def cholesky_factor(H: Tensor, name: str, log: Callable[[str], None]) -> Tensor:
     """U (C, C), upper, with (H + damping)^-1 = U^T U, from the lower triangle of H (C, C), whose diagonal it changes.
 
     With the order of rows and columns reversed, H = L L^T, and L^-1, reversed again, is U: a single factorisation, and
-    no inverse of H. The damping is 1% of the mean diagonal; where that does not make H positive definite `say` is told,
+    no inverse of H. The damping is 1% of the mean diagonal; where that does not make H positive definite `log` is told,
     and it is ten times more, up to 1000%. UserError if that is still too little; `name` says of which input.
     """
     diagonal = H.diagonal()
@@ -416,7 +426,7 @@ def cholesky_factor(H: Tensor, name: str, say: Callable[[str], None]) -> Tensor:
     damped = 0  # percent so far
     for percent in (1, 10, 100, 1000):
         if percent > 1:
-            say(f"{name}: the Hessian is not positive definite; damping it by {percent}% of its mean diagonal")
+            log(f"{name}: the Hessian is not positive definite; damping it by {percent}% of its mean diagonal")
         diagonal.add_((percent - damped) / 100 * mean)
         damped = percent
         L, info = torch.linalg.cholesky_ex(H.flip(0, 1).T)  # flip turns the lower triangle up, and .T down again
@@ -431,8 +441,9 @@ def dsnot(
 ) -> Tensor:
     """DSnoT's mask, (R, C) bool, after up to `cycles` swaps in each row of the mask (R, C) it is given.
 
-    score: (R, C), what that mask was chosen by. Removing W_ij takes its contribution, W_ij * S_j, from the expected
-    output of row i. The sum over all that is removed is the row's error, which the swaps bring towards 0.
+    score: (R, C), what that mask was chosen by; with N:M it also says what goes in a swap. Removing W_ij takes its
+    contribution, W_ij * S_j, from the expected output of row i. The sum over all that is removed is the row's error,
+    which the swaps bring towards 0.
     """
     contribution = W.float() * s.total  # (R, C)
     gain_per_variance = (contribution / s.variance).nan_to_num(0)  # (R, C)
@@ -447,53 +458,48 @@ def dsnot(
         m = sparsity[1]
         group = torch.arange(W.shape[1], device=W.device) // m  # (C,)
     else:
-        score = score_weights(W, s, "wanda")  # whatever chose the mask
-    # In one cycle a row with a positive error grows (takes back) the removed weight with the largest contribution per
-    # variance, a row with a negative error the one with the most negative. In return it prunes the kept weight of the
-    # lowest score: with N:M in the same group; otherwise, by Wanda's score, among those whose contribution has the
-    # opposite sign to the error, so that both halves of the swap help. The swap is refused, and the row left as it is
-    # for good, where a candidate is lacking, the error is within the threshold, or (N:M) it would change its sign. Both
-    # candidates are used up either way.
+        score = score_weights(W, s, "wanda")  # whatever chose the mask, as in the official code
     for _ in range(cycles):
+        # Take back the removed weight that helps most, by its contribution per variance: the largest where the row's
+        # error is positive, the most negative where it is negative.
         positive = error[:, None] > 0  # (R, 1)
         gain = torch.where(positive, gain_per_variance, -gain_per_variance)  # (R, C)
         grow = gain.masked_fill_(~growable, -torch.inf).argmax(1)  # (R,): a column for each row
+        # In return the kept weight of the lowest score goes: with N:M one of the same group; otherwise one whose
+        # contribution has the opposite sign to the error, so that both halves of the swap help.
         if n_of_m:
             candidates = prunable & (group == (grow // m)[:, None])  # (R, C)
         else:
             candidates = prunable & torch.where(positive, contribution < 0, contribution > 0)
         prune = score.masked_fill(~candidates, torch.inf).argmin(1)  # (R,)
         error_after = error + contribution[rows, prune] - contribution[rows, grow]
-        swap = active & growable[rows, grow] & candidates[rows, prune]  # where none is left, argmax names any column
-        swap &= error.abs() > threshold
-        if n_of_m:
-            swap &= error_after.sign() == error.sign()
+        # Where no candidate is left, argmax and argmin name any column: such a row is refused.
+        there = growable[rows, grow] & candidates[rows, prune]
+        swap = active & there & (error.abs() > threshold)  # (R,)
+        if n_of_m:  # what goes may work against the swap here, so one that overshoots 0 is refused
+            swap = swap & (error_after.sign() == error.sign())
         mask[rows[swap], grow[swap]] = True
         mask[rows[swap], prune[swap]] = False
-        growable[rows, grow] = False
+        growable[rows, grow] = False  # used up, whether swapped or refused
         prunable[rows, prune] = False
         error = torch.where(swap, error_after, error)
-        active = swap
+        active = swap  # a refusal is final for the row
+        if not active.any():
+            break
     return mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# a model on disk
-
-
-def read_calib(path: str | Path) -> np.ndarray:
-    """What a .npy file holds. UserError where it cannot be read or is none."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except OSError as e:
-        raise UserError(f"--calib {path}: cannot be read: {e.strerror or e}") from None
-    except (ValueError, EOFError):
-        raise UserError(f"--calib {path}: is not a .npy file, or is damaged") from None
+# a model on disk: OUT.partial holds
+#     job.json              which command this is, so that another one does not go on with it
+#     model-00001-of-...    the pruned blocks, each in a file of its own; at the end also what belongs to no block
+#     inputs-00001.pt       the inputs of the first block that is not done, and the report of those before it
 
 
 @torch.no_grad()
 def prune_checkpoint(
     ckpt: Checkpoint,
+    config: LlamaConfig,
     tokens: Tensor,
     settings: Settings,
     out: Path,
@@ -505,93 +511,89 @@ def prune_checkpoint(
 
     tokens: (sequences, seqlen), from `check_calib`. entry: what the history of the result, and its prune.json, say of
     this run. dtype: of the calculation and the result. Returns a report of each linear, as `prune_model` does.
-    UserError as there, and where OUT.partial is another command's or cannot be written.
+    UserError as there, and where OUT.partial is another command's, or another process is at work in it.
     """
     work = Path(f"{out}.partial")
-    n_layers = ckpt.config.n_layers
-    calib = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    job = {"base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype), "calib_sha256": calib}
-    claim(work, {**entry, **job})
-    start, x, report = resume(work, ckpt, tokens, device, dtype)
-    tables = rope_tables(ckpt.config, torch.arange(tokens.shape[1], device=device), x.dtype)
-    batch = batch_size(ckpt.config, tokens, device)
-    for i in tqdm(range(start, n_layers), initial=start, total=n_layers, desc="pruning", unit="block", disable=None):
-        block = load_block(ckpt, i, device, dtype)
+    held = lock(work)  # noqa: F841  until this function returns
+    check_out(out)  # again: whoever held the lock may have ended since the command's first look
+    job = {"version": VERSION, **entry, "base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype)}
+    job["calib"] = digest(tokens.numpy())
+    if not (work / "job.json").exists():
+        write_json(work / "job.json", job)
+    elif read_json(work / "job.json") != job:
+        raise UserError(f"{work}: belongs to another command's run; remove it, or name another --out")
+
+    # --- where to begin
+    saved = sorted(work.glob("inputs-*.pt"))
+    if saved:
+        state = torch_load(saved[-1])
+        start, report = state["block"], state["report"]
+        x = state["x"].to(device, copy=True)  # a copy: the file is only mapped, and x is overwritten
+    else:
+        start, report = 0, []
+        x = ckpt["model.embed_tokens.weight"][tokens].to(device, dtype)  # (sequences, T, hidden_size)
+
+    # --- the walk, as in prune_model
+    tables = rope_tables(config, torch.arange(tokens.shape[1], device=device), x.dtype)
+    batch = batch_size(config, tokens, device)
+    blocks = range(start, config.num_hidden_layers)
+    for i in tqdm(blocks, initial=start, total=len(blocks) + start, desc="pruning", unit="block", disable=None):
+        block = load_block(ckpt, config, i, device, dtype)
         report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
         # First the block, then the inputs of the next: a run killed in between prunes this block once more.
-        with atomic(shard_file(work, i, n_layers)) as tmp:
+        with atomic(shard_file(work, i, config)) as tmp:
             write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
         del block  # before the next is loaded
-        save_inputs(work, i + 1, x, report)
-    finish(work, out, ckpt, entry, report, dtype)
+        with atomic(work / f"inputs-{i + 1:05}.pt") as tmp:
+            save_torch({"block": i + 1, "x": x, "report": report}, tmp)
+        (work / f"inputs-{i:05}.pt").unlink(missing_ok=True)
+    finish(work, out, ckpt, config, entry, report, dtype)
     return report
 
 
-def claim(work: Path, job: dict) -> None:
-    """Makes OUT.partial this job's folder, if it is not so yet. UserError if it is another's."""
-    file = work / "job.json"
-    if not file.exists():
-        with atomic(file) as tmp:
-            tmp.write_text(json.dumps(job))
-    elif read_json(file) != job:
-        raise UserError(f"{work}: belongs to another command's run; remove it, or name another --out")
-
-
-def resume(
-    work: Path, ckpt: Checkpoint, tokens: Tensor, device: torch.device | str, dtype: torch.dtype
-) -> tuple[int, Tensor, list[dict]]:
-    """The first block that is not done, its inputs (sequences, T, hidden_size), and the report of those before it."""
-    if saved := sorted(work.glob("inputs-*.pt")):
-        state = torch_load(saved[-1])
-        return state["block"], state["x"].to(device, copy=True), state["report"]  # a copy: the file is only mapped
-    return 0, ckpt["model.embed_tokens.weight"][tokens].to(device, dtype), []
-
-
-def save_inputs(work: Path, i: int, x: Tensor, report: list[dict]) -> None:
-    """Writes what `resume` reads, for block i, and drops what was written for the block before."""
-    with atomic(work / f"inputs-{i:05}.pt") as tmp:
-        try:
-            torch.save({"block": i, "x": x, "report": report}, tmp)
-        except RuntimeError as e:  # torch's word for a full disk
-            raise OSError(str(e).splitlines()[0]) from None
-    (work / f"inputs-{i - 1:05}.pt").unlink(missing_ok=True)
-
-
-def load_block(ckpt: Checkpoint, i: int, device: torch.device | str, dtype: torch.dtype) -> Block:
+def load_block(ckpt: Checkpoint, config: LlamaConfig, i: int, device: torch.device | str, dtype: torch.dtype) -> Block:
     """Block i on the device, the only one in memory."""
     with torch.device("meta"):
-        block = Block(ckpt.config)
+        block = Block(config)
     block.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.block(i).items()}, assign=True)
     return block
 
 
-def shard_file(work: Path, i: int, n_layers: int) -> Path:
-    """Where block i goes, or for i = n_layers all that belongs to no block: embeddings, the last norm and lm_head."""
-    return work / f"model-{i + 1:05}-of-{n_layers + 1:05}.safetensors"
+def shard_file(work: Path, i: int, config: LlamaConfig) -> Path:
+    """Where block i goes; one more file is for all that belongs to no block: embeddings, the last norm and lm_head."""
+    return work / f"model-{i + 1:05}-of-{config.num_hidden_layers + 1:05}.safetensors"
 
 
-def finish(work: Path, out: Path, ckpt: Checkpoint, entry: dict, report: list[dict], dtype: torch.dtype) -> None:
+def finish(
+    work: Path, out: Path, ckpt: Checkpoint, config: LlamaConfig, entry: dict, report: list[dict], dtype: torch.dtype
+) -> None:
     """All blocks are pruned: adds what else a checkpoint holds, and turns OUT.partial into `out`."""
-    n_layers = ckpt.config.n_layers
+    last = config.num_hidden_layers
     in_block = lambda name: name.startswith("model.layers.")
-    with atomic(shard_file(work, n_layers, n_layers)) as tmp:
-        write_safetensors(tmp, ckpt, {name: w.to(dtype) for name, w in ckpt.like.items() if not in_block(name)})
-    shard = {name: int(name.split(".")[2]) if in_block(name) else n_layers for name in ckpt}
-    weight_map = {name: shard_file(work, i, n_layers).name for name, i in shard.items()}
-    write_hf_extras(work, ckpt.changed({}, entry), weight_map, dtype)
-    with atomic(work / "prune.json") as tmp:
-        tmp.write_text(json.dumps({**entry, "kinds": summary(report), "layers": report}, indent=2) + "\n")
-    if out.suffix == ".pt":
-        write_checkpoint(open_hf(work), work / out.name)  # in here, where what a killed run leaves goes with the rest
-        os.replace(work / "prune.json", report_file(out))
-        os.replace(work / out.name, out)
-        shutil.rmtree(work)
-        return
-    for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):  # .tmp: a killed run's
-        file.unlink()
-    if out.is_dir():
-        out.rmdir()  # check_out has found it empty
-    work.rename(out)
+    meta = {name: w.to(dtype) for name, w in ckpt.meta.items()}
+    with atomic(shard_file(work, last, config)) as tmp:
+        write_safetensors(tmp, ckpt, {name: w for name, w in meta.items() if not in_block(name)})
+    shard = {name: int(name.split(".")[2]) if in_block(name) else last for name in ckpt}
+    weight_map = {name: shard_file(work, i, config).name for name, i in shard.items()}
+    write_json(work / "prune.json", {"version": VERSION, **entry, "kinds": summary(report), "layers": report})
+    try:
+        write_hf_extras(work, ckpt.changed({}, entry), weight_map, meta)
+        if out.suffix == ".pt":
+            write_checkpoint(open_hf(work), work / out.name)  # in here, where a killed run's rest goes with all else
+            os.replace(work / "prune.json", report_file(out))
+            os.replace(work / out.name, out)
+            for file in work.glob("inputs-*.pt"):  # before job.json, so that no other command goes on from them
+                file.unlink()
+            shutil.rmtree(work)
+            return
+        for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):  # .tmp: a killed run's
+            file.unlink()
+        if out.is_dir():
+            out.rmdir()  # check_out has found it empty
+        work.rename(out)
+        (out / ".lock").unlink()
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written: {e.strerror or e}") from None
 
 
 def report_file(out: Path) -> Path:
@@ -604,13 +606,11 @@ def summary(report: list[dict]) -> dict[str, dict]:
     kinds = {}
     for line in report:
         kinds.setdefault(line["layer"].rpartition(".")[2], []).append(line)
-    return {
-        kind: {
-            "sparsity": sum(line["zeros"] for line in lines) / sum(line["size"] for line in lines),
-            "error": sum(line["error"] for line in lines) / len(lines),
-        }
-        for kind, lines in kinds.items()
-    }
+    result = {}
+    for kind, lines in kinds.items():
+        zeros = sum(line["zeros"] for line in lines) / sum(line["size"] for line in lines)
+        result[kind] = {"sparsity": zeros, "error": sum(line["error"] for line in lines) / len(lines)}
+    return result
 
 
 def parse_args() -> argparse.Namespace:
@@ -637,28 +637,30 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sparsity = parse_sparsity(args.sparsity)
-    out = check_out(args.out, inputs=[args.ckpt])
-    ckpt = open_checkpoint(args.ckpt)
-    config = ckpt.config
+    out = check_out(args.out, inputs=[args.ckpt, args.calib])
+    if out.suffix == ".pt":
+        check_out(report_file(out), inputs=[args.ckpt, args.calib])
+    ckpt, config = open_llama(args.ckpt)
     calib = f"--calib {args.calib}"
-    tokens = check_calib(read_calib(args.calib), config.vocab_size, args.nsamples, calib)
+    tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)
     sequences, seqlen = tokens.shape
     config.check_length(seqlen, calib)
-    if isinstance(sparsity, tuple):
-        for C in (config.hidden_size, config.intermediate_size, config.n_heads * config.head_dim):
-            if C % sparsity[1]:
-                raise UserError(f"--sparsity {args.sparsity}: a linear has {C} columns, no multiple of {sparsity[1]}")
-    if config.max_seq_len < seqlen:
-        note = f"{calib}: its windows of {seqlen} tokens are longer than the model's {config.max_seq_len} positions"
-        print(f"note: {note}", file=sys.stderr)
+    check_pattern(sparsity, config)
+    positions = config.max_position_embeddings
+    if positions < seqlen:
+        print(
+            f"note: {calib}: its windows of {seqlen} tokens are longer than the model's {positions} positions",
+            file=sys.stderr,
+        )
 
-    settings = Settings(args.method, sparsity, args.dsnot_cycles if args.dsnot else 0, args.dsnot_threshold)
+    cycles = args.dsnot_cycles if args.dsnot else 0
+    settings = Settings(args.method, sparsity, cycles, args.dsnot_threshold)
     entry = {"method": args.method, "sparsity": args.sparsity, "source": str(args.ckpt)}
     entry["calib"] = f"{Path(args.calib).name} ({sequences} x {seqlen})"
     if args.dsnot:
-        entry |= {"dsnot_cycles": args.dsnot_cycles, "dsnot_threshold": args.dsnot_threshold}
-    dtype = getattr(torch, args.dtype) if args.dtype else ckpt.like["model.norm.weight"].dtype
-    report = prune_checkpoint(ckpt, tokens, settings, out, entry, torch.device(args.device), dtype)
+        entry.update(dsnot_cycles=args.dsnot_cycles, dsnot_threshold=args.dsnot_threshold)
+    dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)
+    report = prune_checkpoint(ckpt, config, tokens, settings, out, entry, torch.device(args.device), dtype)
 
     print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on {SAMPLE} calibration tokens)")
     for kind, line in summary(report).items():

@@ -19,29 +19,31 @@ beta = 1 every weight has an alpha of its own: full fine-tuning under a fixed ma
 the pruned model; alpha starts random, because with both at 0 both gradients would be 0 for ever.
 
 Three matmuls. A unit is one product of T x n by n x m: 2*T*m*n FLOPs. Equation 5 as written (`repeat`) spends 5 units
-a step and keeps W~ and W o stretched alpha for the backward pass, two m x n matrices a layer. The paper's equation 7
-(`chunked`) never makes W~: its block j is W_j, rows j*m/r to (j+1)*m/r of W, with columns scaled by alpha_j, and
-columns can be scaled in x instead. It spends 4 units:
+a step: x W^T and x W~^T, the gradient of x through each, and the gradient of W~. For the backward pass it keeps W~ and
+W o stretched alpha, two m x n matrices a layer. The paper's equation 7 (`chunked`) never makes W~: its block j is W_j,
+rows j*m/r to (j+1)*m/r of W, with columns scaled by alpha_j, and columns can be scaled in x instead. It spends 4 units,
+since the gradient of alpha falls out of that of x o alpha_j:
 
     (7)  x W~^T = beta o concat_j( (x o alpha_j) W_j^T )
 
-`fused`, the default, uses that the layer is linear in a single matrix, W^ = W + scale * W~, and spends 3:
+`fused`, the default, uses that the layer is linear in a single matrix, the effective weight W^ (W with a hat), and
+spends 3:
 
     forward    W^ = W + scale * W~            elementwise, one m x n buffer
-               y  = x W^^T                    1 unit; W^ is dropped
+               y  = x (W^)^T                  1 unit; W^ is dropped
     backward   W^ is formed again
-               dx = g W^                      1 unit; g is the gradient of the loss by y
-               G  = g^T x                     1 unit: the gradient by W^, m x n
-               G' = scale * G o W             in place; row i belongs to block k = i // (m/r)
-               d beta_i   = sum over j of G'_ij alpha_kj
-               d alpha_kj = sum over the rows i of block k of G'_ij beta_i
+               dx = g W^                      1 unit; g is the gradient of the loss with respect to y
+               G  = g^T x                     1 unit: the gradient with respect to W^, m x n
+               GW = G o W                     in place; row i belongs to block k = i // (m/r)
+               d beta_i   = scale * sum over j of GW_ij alpha_kj
+               d alpha_kj = scale * sum over the rows i of block k of GW_ij beta_i
 
 Only x and the parameters are saved. Fewer than 3 units will not do: y and dx need all of W^, and the last two lines
-need G wherever W is not 0, each entry a sum over T tokens (computing single entries pays only beyond about 90% zeros).
-For comparison: a frozen linear costs 2 units (y, dx), LoRA 2 and a little.
+need G wherever W is not 0, each entry a sum over T tokens. For comparison: a frozen linear costs 2 units (y, dx), LoRA
+2 and a little. The three forms are one function, and equal to rounding.
 
-bfloat16. Adapters are float32, and W^ is formed in float32 and rounded once to W's dtype. As long as
-|scale * alpha * beta| is below 2^-9, rounding gives W back and the network does not see the update; but then the
+bfloat16. Adapters are float32, and W^ is formed in float32 and rounded once to W's dtype; G has the dtype of x. As long
+as |scale * alpha * beta| is below 2^-9, rounding gives W back and the network does not see the update; but then the
 gradient hardly depends on it either, so the float32 factors keep growing until it is seen. Rounding stochastically, or
 keeping base and branch apart, ends at the same loss (bench/rounding.py).
 
@@ -65,7 +67,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from model import Checkpoint, Parser, UserError, check_out, cli, open_checkpoint, torch_load, write_checkpoint
+from data.checkpoint import (
+    VERSION,
+    Checkpoint,
+    UserError,
+    atomic,
+    check_out,
+    check_version,
+    save_torch,
+    torch_load,
+    write_checkpoint,
+)
+from model import Parser, cli, open_llama
 
 # the seven linears of a LLaMA block, and the head of a classifier that is built on one
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score")
@@ -76,12 +89,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class AdapterLinear(nn.Module):
-    """A linear with a weight W (m, n) that learns something about it. W is frozen and stays the object that it was,
-    except in MaskedLinear and DynamicLinear, where W itself learns, in float32.
+    """A linear that uses another weight than the W (m, n) it holds: the effective weight W^, which it learns. W is
+    frozen and stays the object that it was, so that nothing is copied and a mapped file stays mapped; in MaskedLinear
+    and DynamicLinear W itself learns, in float32.
 
     What a subclass says (a new way to learn under the mask is these four):
         factors                            names of what is learned beside W
-        reset_parameters()                 how they start; also called when a model was built on the meta device
+        reset_parameters()                 how the factors start; also called where a model was built on the meta device
         effective_weight(W, *factors)      W^ (m, n), the weight that is used, float32
         factor_gradients(G, W, *factors)   a tuple: the gradient of W (None where it is frozen), then of each factor,
                                            from G = dL/dW^ (m, n), which it may overwrite
@@ -91,9 +105,10 @@ class AdapterLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
         super().__init__()
-        self.weight, self.r, self.scale = linear.weight, r, scale
-        self.dtype = linear.weight.dtype  # of the merged weight
+        self.weight = linear.weight  # under the name that it has in a checkpoint, so that one fills the model as before
         self.weight.requires_grad_(False)
+        self.merged_dtype = linear.weight.dtype
+        self.r, self.scale = r, scale
 
     def factor(self, *shape: int) -> nn.Parameter:
         """An uninitialised float32 parameter on the weight's device."""
@@ -107,7 +122,7 @@ class AdapterLinear(nn.Module):
     def merged(self) -> Tensor:
         """W^ in the weight's dtype, (m, n), rounded to the nearest."""
         W = self.effective_weight(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
-        return W.to(self.dtype)
+        return W.to(self.merged_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, r={self.r}, scale={self.scale}"
@@ -116,9 +131,9 @@ class AdapterLinear(nn.Module):
 class SPPLinear(AdapterLinear):
     """Equations 4, 5 and 7: wraps an nn.Linear, freezes its weight and learns alpha (r, n) and beta (m,), float32.
 
-    matmul: "fused", "chunked" or "repeat", the same function in three forms. The ablations of Tables 4 and 8 and of
-    Remark 1: beta=False keeps beta at 1 and starts alpha at 0; zero_init says which factor starts at 0 ("beta", "alpha"
-    or "none"); residual=False multiplies W by the factors, which then start at 1, in place of adding W~ to it.
+    matmul: "fused", "chunked" or "repeat", the same function in three forms. The paper's ablations: beta=False keeps
+    beta at 1 and starts alpha at 0 (Table 4); zero_init says which factor starts at 0, "beta", "alpha" or "none" (Table
+    8); residual=False multiplies W by the factors, which then start at 1, in place of adding W~ to it (Remark 1).
     """
 
     factors = ("alpha", "beta")
@@ -151,37 +166,45 @@ class SPPLinear(AdapterLinear):
         bound = 1 / math.sqrt(self.weight.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
         for name in self.factors:
             p = getattr(self, name)
-            nn.init.constant_(p, start[name]) if name in start else nn.init.uniform_(p, -bound, bound)
+            if name in start:
+                nn.init.constant_(p, start[name])
+            else:
+                nn.init.uniform_(p, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.matmul == "fused":
             return super().forward(x)
-        W, alpha, beta, m = self.weight, self.alpha, self.beta, len(self.weight)
-        base = F.linear(x, W) if self.residual else 0
+        W, alpha, beta = self.weight, self.alpha, self.beta
+        m = len(W)
+        dense = F.linear(x, W) if self.residual else 0
         if self.matmul == "repeat":  # equations 4 and 5
             W_tilde = W * alpha.repeat_interleave(m // self.r, dim=0) * beta[:, None]
-            return base + self.scale * F.linear(x, W_tilde.to(x.dtype))
+            return dense + self.scale * F.linear(x, W_tilde.to(x.dtype))
         blocks = zip(alpha.to(x.dtype), W.chunk(self.r), strict=True)  # equation 7
         branch = torch.cat([F.linear(x * alpha_j, W_j) for alpha_j, W_j in blocks], -1)
-        return base + self.scale * beta.to(x.dtype) * branch
+        return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         r, n = alpha.shape
-        M = torch.mul((self.scale * beta).view(r, -1, 1), alpha.view(r, 1, n))  # (r, m/r, n)
-        M = M.view(-1, n)  # both factors stretched to W's shape, times scale
-        return torch.addcmul(W, W, M) if self.residual else M.mul_(W)
+        # scale * repeat_interleave(alpha, m/r) o beta[:, None], without a repeated alpha in memory: block k, of m/r
+        # rows, is the outer product of their betas with alpha_k.
+        M = torch.mul((self.scale * beta).view(r, -1, 1), alpha.view(r, 1, n)).view(-1, n)  # (r, m/r, n) -> (m, n)
+        return torch.addcmul(W, W, M) if self.residual else M.mul_(W)  # W + W o M in one pass, rounded once
 
     def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
         r, n = alpha.shape
-        G = G.mul_(W).view(r, -1, n)  # block k: the m/r rows that alpha_k serves
-        beta = (self.scale * beta).to(G.dtype)
-        d_alpha = torch.bmm(beta.view(r, 1, -1), G).view(r, n)  # (r, 1, m/r) @ (r, m/r, n)
-        d_beta = self.scale * torch.bmm(G, alpha.to(G.dtype).view(r, n, 1)).flatten()  # (r, m/r, n) @ (r, n, 1)
-        return None, d_alpha.float(), d_beta.float() if self.beta.requires_grad else None
+        GW = G.mul_(W).view(r, -1, n)  # in place, G is not needed again; block k: the m/r rows that alpha_k serves
+        scaled_beta = (self.scale * beta).to(GW.dtype)
+        d_alpha = torch.bmm(scaled_beta.view(r, 1, -1), GW).view(r, n).float()  # (r, 1, m/r) @ (r, m/r, n)
+        d_beta = None
+        if self.beta.requires_grad:
+            d_beta = self.scale * torch.bmm(GW, alpha.to(GW.dtype).view(r, n, 1)).flatten()  # (r, m/r, n) @ (r, n, 1)
+            d_beta = d_beta.float()
+        return None, d_alpha, d_beta
 
 
 class EffectiveMatmul(torch.autograd.Function):
-    """y = x W^^T for the layer's effective weight W^, which is formed in each pass and never saved: 3 units, see above.
+    """y = x (W^)^T for the layer's effective weight W^, which is formed in each pass and never saved: 3 units.
 
     x (..., n), W (m, n), factors: what `layer` learns. Nothing saved is a view or a cast of W, so that FSDP can free
     the gathered weight between the passes.
@@ -196,8 +219,10 @@ class EffectiveMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *factors = ctx.saved_tensors
-        dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype) if ctx.needs_input_grad[0] else None
-        G = g.flatten(0, -2).T @ x.flatten(0, -2)
+        dx = None
+        if ctx.needs_input_grad[0]:  # the first block's inputs come from frozen embeddings
+            dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype)
+        G = g.flatten(0, -2).T @ x.flatten(0, -2)  # (m, T) @ (T, n)
         return dx, None, *ctx.layer.factor_gradients(G, W, *factors)
 
 
@@ -265,7 +290,7 @@ class LoRALinear(AdapterLinear):
 class MaskedLoRALinear(LoRALinear):
     """W + scale * mask o (B A), the mask being where W is not 0: LoRA that is sparse while it learns."""
 
-    forward = AdapterLinear.forward
+    forward = AdapterLinear.forward  # not LoRA's two thin products: the mask needs B A as a whole
 
     def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).mul_(W != 0).mul_(self.scale).add_(W)
@@ -302,6 +327,16 @@ def as_linear(W: Tensor) -> nn.Linear:
     return linear
 
 
+def check_rank(method: str, r: int, shapes: dict[str, tuple[int, int]]) -> None:
+    """UserError where r does not divide the outputs m of a linear, {name: (m, n)}: SPP's blocks have m/r rows each."""
+    for name, (m, _) in shapes.items():
+        if method == "spp" and (r < 1 or m % r):
+            divisors = [d for d in range(1, m + 1) if m % d == 0]
+            nearest = sorted(sorted(divisors, key=lambda d: abs(d - r))[:6])
+            fit = " or ".join(map(str, nearest))
+            raise UserError(f"--rank {r}: does not divide the {m} outputs of {name.removeprefix('model.')}; {fit} does")
+
+
 def inject(
     model: nn.Module,
     method: str = "spp",
@@ -322,15 +357,7 @@ def inject(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
     }
-    for name, linear in linears.items():
-        m = linear.out_features
-        if method == "spp" and (r < 1 or m % r):
-            divisors = [d for d in range(1, m + 1) if m % d == 0]
-            near = sorted(sorted(divisors, key=lambda d: abs(d - r))[:6])
-            would = " or ".join(map(str, near))
-            raise UserError(
-                f"--r {r}: does not divide the {m} outputs of {name.removeprefix('model.')}; --r {would} does"
-            )
+    check_rank(method, r, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, linear in linears.items():
         replace(model, name, METHODS[method](linear, r=r, scale=scale, **options))
@@ -340,84 +367,165 @@ def inject(
 def merge(model: nn.Module, masked: bool = True) -> nn.Module:
     """Back to plain nn.Linear that hold the merged weights, in place; asserts that every zero is a zero still.
 
-    LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False.
+    LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False. What was merged is added to
+    the model's history. UserError where a merged weight is not finite.
     """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, AdapterLinear):
-            replace(model, name, as_linear(merged_weight(layer, masked, name)))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLinear)}
+    for name, layer in layers.items():
+        replace(model, name, as_linear(merged_weight(layer, masked, name)))
+    if layers:
+        layer = next(iter(layers.values()))
+        method = next((name for name, kind in METHODS.items() if type(layer) is kind), type(layer).__name__)
+        model.history = [*getattr(model, "history", []), merge_step(method, layer.r, layer.scale, masked)]
     return model
 
 
 def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
     """`layer.merged()`, its zeros asserted (LoRA's: imposed, unless masked is False)."""
     W = layer.merged()
-    zeros = layer.weight == 0
+    if not W.isfinite().all():
+        raise UserError(f"{name}: the merged weight holds NaN or Inf, or is too large for {W.dtype}")
     if isinstance(layer, DynamicLinear):  # its zeros are its own
         return W
+    zeros = layer.weight == 0
     if type(layer) is LoRALinear:
         return W.masked_fill_(zeros, 0) if masked else W
     assert not W[zeros].any(), f"{name}: a pruned weight came back"
     return W
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is learned, under Hugging Face's names without "model.": layers.0.self_attn.q_proj.alpha, ...
+def merge_step(method: str, r: int, scale: float, masked: bool) -> dict:
+    """What a history says of a merge."""
+    step = {"method": method}
+    if method == "lora":
+        step["method"] = "lora*" if masked else "lora (dense)"
+    if not issubclass(METHODS.get(method, AdapterLinear), MaskedLinear):  # which knows neither r nor scale
+        step.update(r=r, scale=scale)
+    return step
 
-    For a model in one piece; train.py gathers one that FSDP has sharded.
-    """
-    return {name.removeprefix("model."): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the adapter file: written, and merged into the checkpoint that it was trained on
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What is learned, under Hugging Face's names without "model.": layers.0.self_attn.q_proj.alpha, ... The weight of
+    a dynamic layer is what its mask keeps. Under FSDP every process has to call it: the shards are gathered."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            w = p.detach()
+            if hasattr(w, "full_tensor"):  # FSDP's sharded kind
+                w = w.full_tensor()
+            state[name.removeprefix("model.")] = w
+    for name, layer in model.named_modules():
+        if isinstance(layer, DynamicLinear):
+            key = f"{name.removeprefix('model.')}.weight"
+            state[key] = state[key] * layer.mask  # a new tensor: the old one is the model's own
+    return state
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Fills an injected model with the `adapter` of an adapter file, to run it unmerged or to train it on.
 
-    Raises UserError where names or shapes are not those of this model.
+    For a model in one piece. Raises UserError where names or shapes are not those of this model.
     """
-    own = adapter_state(model)
-    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    learning = {name.removeprefix("model."): p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(learning.keys() ^ state.keys())
+    wrong += [name for name in learning if name in state and learning[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"the adapter does not fit the model at {wrong[0]} ({len(wrong)} such)")
-    for name, p in own.items():
-        p.copy_(state[name])
+    for name, p in learning.items():
+        p.data.copy_(state[name])
 
 
-def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True) -> Checkpoint:
+def write_adapter(
+    path: str | Path,
+    state: dict[str, Tensor],
+    base: str,
+    method: str,
+    r: int,
+    scale: float,
+    options: dict | None = None,
+) -> None:
+    """Writes an adapter file. state: from `adapter_state`. base: the fingerprint of the checkpoint that it belongs to.
+    options: the ablations that SPPLinear was made with."""
+    head = {"version": VERSION, "base": base, "method": method, "r": r, "scale": scale, "options": options or {}}
+    with atomic(path) as tmp:
+        save_torch({**head, "adapter": {name: w.cpu() for name, w in state.items()}}, tmp)
+
+
+def read_adapter(path: str | Path, ckpt: Checkpoint, base: str | None = None) -> dict:
+    """What `write_adapter` wrote: every factor there, of the right shape and finite, for each target of the checkpoint.
+    UserError for what is no adapter, or one of another checkpoint."""
+    file = torch_load(path)
+    kinds = {"adapter": dict, "base": str, "method": str, "r": int, "scale": float, "options": dict}
+    if not isinstance(file, dict) or not {"adapter", "method"} <= file.keys():
+        raise UserError(f"{path}: is not an adapter file of train.py")
+    check_version(file.get("version"), path)
+    for key, kind in kinds.items():
+        if type(file.get(key)) is not kind:
+            raise UserError(f"{path}: its {key} is a {type(file.get(key)).__name__}, expected a {kind.__name__}")
+    if file["method"] not in METHODS:
+        raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
+    for key, value in file["options"].items():
+        known = {"beta": (False,), "zero_init": ("alpha", "none"), "residual": (False,)}.get(key, ())
+        if not isinstance(value, bool | str) or value not in known:
+            raise UserError(f"{path}: its option {key!r} is {value!r}, which SPP does not have")
+    if not 0 < file["r"] < 2**20 or not 0 < file["scale"] < math.inf:
+        raise UserError(f"{path}: its r is {file['r']}, its scale {file['scale']}")
+    base = base or ckpt.fingerprint()
+    if file["base"] != base:
+        raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({base})")
+    targets = {name: w for name, w in ckpt.meta.items() if name.split(".")[-2] in TARGETS}
+    check_rank(file["method"], file["r"], {name: w.shape for name, w in targets.items()})
+    expected = {}
+    for name, w in targets.items():
+        layer = METHODS[file["method"]](as_linear(w), r=file["r"], scale=file["scale"], **file["options"])
+        stem = name.removeprefix("model.").removesuffix(".weight")
+        expected.update({f"{stem}.{key}": p.shape for key, p in layer.named_parameters() if p.requires_grad})
+    missing, unknown = expected.keys() - file["adapter"].keys(), file["adapter"].keys() - expected.keys()
+    if missing:
+        raise UserError(f"{path}: {min(missing)} is missing ({len(missing)} such)")
+    if unknown:
+        raise UserError(f"{path}: {min(unknown, key=str)} is of no linear of {ckpt.path} ({len(unknown)} such)")
+    for key, w in file["adapter"].items():
+        plain = isinstance(w, Tensor) and w.layout == torch.strided and not w.is_meta
+        if not plain or w.shape != expected[key] or not w.is_floating_point():
+            found = f"{w.dtype} of shape {[*w.shape]}" if plain else "no plain tensor"
+            raise UserError(f"{path}: {key} is {found}, expected floats of shape {[*expected[key]]}")
+        if not w.isfinite().all():
+            raise UserError(f"{path}: {key} holds NaN or Inf")
+    return file
+
+
+def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, base: str | None = None) -> Checkpoint:
     """The checkpoint with an adapter file merged into it, each tensor when it is asked for: memory is one layer.
 
-    Raises UserError where the file is no adapter of this checkpoint.
+    base: the checkpoint's fingerprint, by default computed, which reads all of it. UserError where the file is no
+    adapter of this checkpoint.
     """
-    file = torch_load(Path(path))
-    if not isinstance(file, dict) or not {"adapter", "method", "r", "scale", "base"} <= file.keys():
-        raise UserError(f"{path}: is not an adapter file of train.py")
-    if str(file["method"]) not in METHODS:
-        raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
-    if not masked and file["method"] != "lora":
-        raise UserError(f"--dense: means nothing to an adapter of --method {file['method']}")
-    if file["base"] != ckpt.fingerprint():
-        raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({ckpt.fingerprint()})")
+    file = read_adapter(path, ckpt, base)
+    method, options = file["method"], file["options"]
+    if not masked and method != "lora":
+        raise UserError(f"--dense: means nothing to an adapter of --method {method}")
     layers = {}  # model.layers.0.self_attn.q_proj.weight -> {"alpha": ..., "beta": ...}
     for key, w in file["adapter"].items():
         stem, _, factor = key.rpartition(".")
         layers.setdefault(f"model.{stem}.weight", {})[factor] = w
-    if not layers.keys() <= ckpt.keys():
-        raise UserError(f"{path}: {min(layers.keys() - ckpt.keys())} is not in {ckpt.path}")
-    options = file.get("options", {})
 
     def get(name: str) -> Tensor:
         W, factors = ckpt[name], layers[name]
-        if "weight" in factors:  # masked and dynamic: the adapter is the weight
-            new = factors["weight"].to(W.dtype)
-            assert file["method"] == "dynamic" or not new[W == 0].any(), f"{name}: a pruned weight came back"
-            return new
-        layer = METHODS[file["method"]](as_linear(W), r=file["r"], scale=file["scale"], **options)
-        layer.load_state_dict(factors, strict=False)
-        return merged_weight(layer, masked, name)
+        layer = METHODS[method](as_linear(W), r=file["r"], scale=file["scale"], **options)
+        zeros = W == 0  # before the next line: a float32 masked layer holds W itself, which loading overwrites
+        layer.load_state_dict(factors, strict=False)  # not strict: frozen weights and masks are none of the file's
+        new = merged_weight(layer, masked, name)
+        # masked: the adapter is the weight itself, so its zeros are held against the checkpoint's here
+        assert method != "masked" or not new[zeros].any(), f"{name}: a pruned weight came back"
+        return new
 
-    method = file["method"] if file["method"] != "lora" else ("lora*" if masked else "lora (dense)")
-    entry = {"method": method, "r": file["r"], "scale": file["scale"], "base": file["base"], **options}
-    if issubclass(METHODS[file["method"]], MaskedLinear):  # these know neither r nor scale
-        del entry["r"], entry["scale"]
-    return ckpt.changed({name: functools.partial(get, name) for name in layers}, entry)
+    step = {**merge_step(method, file["r"], file["scale"], masked), "base": file["base"], **options}
+    return ckpt.changed({name: functools.partial(get, name) for name in layers}, step)
 
 
 def main() -> None:
@@ -428,8 +536,9 @@ def main() -> None:
     add("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
     add("--dense", action="store_true", help="LoRA only: do not apply the mask to the merged weight")
     args = parser.parse_args()
-    check_out(args.out, inputs=[args.ckpt])
-    write_checkpoint(merge_checkpoint(open_checkpoint(args.ckpt), args.adapter, not args.dense), args.out)
+    check_out(args.out, inputs=[args.ckpt, args.adapter])
+    ckpt, _ = open_llama(args.ckpt)
+    write_checkpoint(merge_checkpoint(ckpt, args.adapter, not args.dense), args.out)
     print(f"wrote {args.out}")
 
 

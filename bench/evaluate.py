@@ -24,8 +24,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data.tokenizer import load_tokenizer  # noqa: E402
 from evaluate import read_task, run_task  # noqa: E402
-from model import Llama, LlamaConfig, Parser, cli, load, load_tokenizer, number, save  # noqa: E402
+from model import Llama, LlamaConfig, Parser, cli, load, number, save  # noqa: E402
 
 YAML = """task: bench_task
 dataset_path: json
@@ -43,7 +44,7 @@ metric_list: [{{metric: acc}}]
 def make_model(folder: Path, tokenizer: Path) -> None:
     """Writes the random model, as a Hugging Face directory that either side loads."""
     torch.manual_seed(0)
-    config = LlamaConfig(32000, 512, 1408, n_layers=8, n_heads=8, max_seq_len=2048, norm_eps=1e-5)
+    config = LlamaConfig(32000, 512, 1408, num_hidden_layers=8, num_attention_heads=8, rms_norm_eps=1e-5)
     save(Llama(config), folder, load_tokenizer(tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder)
@@ -95,7 +96,7 @@ def main():
             ours, theirs = [], {1: [], 8: []}  # seconds of each repeat; of lm-eval by batch size
             for _ in range(args.repeats):
                 start = time.perf_counter()
-                result, _scores = run_task(model, tokenizer, documents, add_bos=True, batch_tokens=4096)
+                result, _scores = run_task(model, tokenizer, documents, add_bos=True, max_tokens=4096)
                 ours.append(time.perf_counter() - start)
                 for batch, seconds in theirs.items():
                     run = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)

@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.step import random_2of4  # noqa: E402
+from data.checkpoint import UserError  # noqa: E402
 from evaluate import to_semi_structured  # noqa: E402
-from model import PRESETS, Parser, UserError, cli, number  # noqa: E402
+from model import PRESETS, Parser, cli, number  # noqa: E402
 
 
 def seconds(function, repeats: int = 20) -> float:

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, number  # noqa: E402
 from spp import inject  # noqa: E402
-from train import Examples, Plan, deal, padded_tokens  # noqa: E402
+from train import Examples, Plan, padded_tokens, split_batch  # noqa: E402
 
 
 def main():
@@ -32,13 +32,13 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     check_device(args.device)
-    config = PRESETS[args.preset] if args.preset else LlamaConfig(32000, 512, 1408, n_layers=6, n_heads=8)
+    config = PRESETS[args.preset] if args.preset else LlamaConfig(32000, 512, 1408, 6, 8)
     data = Examples(args.data, "train")
     plan = Plan(len(data.lengths), args.batch_size, 1, seed=0)
-    every = [plan[step] for step in range(plan.per_epoch)]
+    every = [plan[step] for step in range(plan.steps_per_epoch)]
     ways = {
         "random batches of 8": [[batch[i : i + 8].tolist() for i in range(0, len(batch), 8)] for batch in every],
-        "sorted, dealt by tokens": [deal(batch, data.lengths, args.max_tokens, 1)[0] for batch in every],
+        "sorted, cut by tokens": [split_batch(batch, data.lengths, args.max_tokens, 1)[0] for batch in every],
     }
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def main():
         for way, batches in ways.items():
             start = clock()
             for part in batches[max(0, step)] if step >= 0 else batches[0][:2]:
-                model(*data.batch(part, False, args.device)).backward()
+                model(*data.batch(part, args.device)).backward()
             if args.device == "cuda":
                 torch.cuda.synchronize()
             seconds[way] += [clock() - start] if step >= 0 else []

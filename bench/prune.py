@@ -27,18 +27,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune  # noqa: E402
+from data.checkpoint import Checkpoint, write_checkpoint  # noqa: E402
 from model import (  # noqa: E402
     PRESETS,
     Block,
-    Checkpoint,
     Llama,
     LlamaConfig,
     Parser,
     check_device,
     cli,
+    config_to_dict,
     number,
     rope_tables,
-    write_checkpoint,
 )
 
 
@@ -80,14 +80,14 @@ def straight_sparsegpt(block: Block, x, tables, batch: int) -> None:
 def noise(config: LlamaConfig) -> Checkpoint:
     """A LLaMA of random bfloat16 weights, each made when it is asked for."""
     with torch.device("meta"):
-        like = {name: w.bfloat16() for name, w in Llama(config).state_dict().items()}
+        meta = {name: w.bfloat16() for name, w in Llama(config).state_dict().items()}
     get = lambda w: torch.randn(w.shape, dtype=torch.bfloat16).mul_(0.02)
-    return Checkpoint(None, config, {name: (w, functools.partial(get, w)) for name, w in like.items()})
+    return Checkpoint(None, config_to_dict(config), {name: (w, functools.partial(get, w)) for name, w in meta.items()})
 
 
 def memory(n_blocks: int, method: str) -> None:
     """Peak resident memory of prune.py on n blocks of LLaMA-2 70B's shapes (random bfloat16), 4 x 128 tokens."""
-    config = dataclasses.replace(PRESETS["llama-2-70b"], n_layers=n_blocks, vocab_size=1000)
+    config = dataclasses.replace(PRESETS["llama-2-70b"], num_hidden_layers=n_blocks, vocab_size=1000)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_checkpoint(noise(config), folder / "dense")
@@ -123,7 +123,7 @@ def main():
             memory(n, args.method)
         return
     cuda = args.device == "cuda"
-    config = LlamaConfig() if cuda else LlamaConfig(hidden_size=1024, intermediate_size=2816, n_heads=8)
+    config = LlamaConfig() if cuda else LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=8)
     n, T, batch = (128, 2048, 8) if cuda else (16, 512, 4)
     torch.set_num_threads(1)
     torch.manual_seed(0)

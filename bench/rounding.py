@@ -18,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from model import Parser, cli, load, number, open_checkpoint  # noqa: E402
+from model import Parser, cli, load, number, open_llama  # noqa: E402
 from spp import SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
 
 
@@ -62,9 +62,9 @@ MODES = {  # what is trained: (dtype, class)
 }
 
 
-def fine_tune(args, ckpt, examples, seed: int, mode: str):
+def fine_tune(args, ckpt, config, examples, seed: int, mode: str):
     dtype, layer_class = MODES[mode]
-    model = train.build(train.parse_args(["--ckpt", args.ckpt, "--dtype", dtype]), ckpt.config)
+    model = train.build(train.make_parser().parse_args(["--ckpt", args.ckpt, "--dtype", dtype]), config)
     train.materialise(model, ckpt, seed, "cpu")
     for module in model.modules():
         if isinstance(module, SPPLinear):
@@ -75,9 +75,9 @@ def fine_tune(args, ckpt, examples, seed: int, mode: str):
     for step in range(plan.steps):
         torch.manual_seed(1000 * seed + step)
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, plan.steps, 0.03, args.lr)
-        n = sum(examples.n_targets(i, False) for i in plan[step])
-        for part in train.deal(plan[step], examples.lengths, 4096, 1)[0]:
-            (model(*examples.batch(part, False, "cpu")) / n).backward()
+        n = examples.n_targets[plan[step]].sum()
+        for part in train.split_batch(plan[step], examples.lengths, 4096, 1)[0]:
+            (model(*examples.batch(part, "cpu")) / n).backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -94,9 +94,9 @@ def losses(args, adapter, val) -> tuple[float, float]:
         if round_weights:
             model.to(torch.bfloat16).float()
         total = 0
-        for part in train.deal(np.arange(len(val.lengths)), val.lengths, 4096, 1)[0]:
-            total += model(*val.batch(part, False, "cpu")).item()
-        out.append(total / val.lengths.sum())
+        for part in train.split_batch(np.arange(len(val.lengths)), val.lengths, 4096, 1)[0]:
+            total += model(*val.batch(part, "cpu")).item()
+        out.append(total / val.n_targets.sum())
     return tuple(out)
 
 
@@ -109,12 +109,12 @@ def main():
     parser.add_argument("--epochs", type=number(float, above=0), default=1)
     parser.add_argument("--seeds", type=number(int, 1), default=3)
     args = parser.parse_args()
-    ckpt = open_checkpoint(args.ckpt)
+    ckpt, config = open_llama(args.ckpt)
     examples, val = (train.Examples(args.data, split) for split in ("train", "val"))
     print(f"validation loss after {args.epochs} epochs, lr {args.lr}, mean of {args.seeds} seeds (spread)\n")
     print("| training | learned | merged into bfloat16 |\n|---|---|---|")
     for mode in MODES:
-        results = [losses(args, fine_tune(args, ckpt, examples, seed, mode), val) for seed in range(args.seeds)]
+        results = [losses(args, fine_tune(args, ckpt, config, examples, seed, mode), val) for seed in range(args.seeds)]
         cells = [f"{statistics.mean(r):.4f} ({max(r) - min(r):.4f})" for r in zip(*results, strict=True)]
         print(f"| {mode} | {cells[0]} | {cells[1]} |", flush=True)
 

@@ -37,7 +37,7 @@ def random_2of4(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
 
 def build(args: argparse.Namespace, form: str) -> Llama:
     config = PRESETS[args.preset]
-    config = replace(config, n_layers=args.layers or config.n_layers)
+    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     model = random_2of4(config, getattr(torch, args.dtype), args.device)
     model.activation_checkpointing = args.activation_checkpointing
     if form == "lora":

@@ -26,12 +26,13 @@ try:
     import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-except ImportError:  # `make demo` installs only what the five files need
+except ImportError:  # `make demo` installs only what the commands need
     matplotlib = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.checkpoint import UserError, check_version, read_json  # noqa: E402
 from evaluate import SEVEN  # noqa: E402
-from model import Parser, UserError, cli, read_json  # noqa: E402
+from model import Parser, cli  # noqa: E402
 
 NAMES = {
     "wanda": "Wanda",
@@ -77,6 +78,7 @@ def record_of(path: str | Path, result: dict) -> dict:
     """What a table needs of a results file; of a fine-tuned model also its validation losses, [[step, loss], ...]."""
     if not isinstance(result, dict) or not {"results", "history", "add_bos"} <= result.keys():
         raise UserError(f"{path}: is not a results file of evaluate.py")
+    check_version(result.get("version"), path)
     method, sparsity = describe(result["history"])
     record = {"method": method, "sparsity": sparsity, "zeros": result["sparsity"], "add_bos": result["add_bos"]}
     # averages over tasks stand among the tasks, without an acc_norm
@@ -84,8 +86,9 @@ def record_of(path: str | Path, result: dict) -> dict:
     record["ppl"] = next((text["ppl"] for text in result["perplexity"].values()), None)
     log = Path(result["ckpt"]).parent / "log.jsonl"
     if "+" in method and log.exists():
-        lines = map(json.loads, log.read_text().splitlines())
-        record["val_loss"] = [[line["step"], round(line["val_loss"], 4)] for line in lines if "val_loss" in line]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [line for line in lines if line.get("val_loss") is not None]  # null: nothing is held out
+        record["val_loss"] = [[line["step"], round(line["val_loss"], 4)] for line in lines]
     return record
 
 

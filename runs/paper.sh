@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # What the scripts of the paper's tables share. Each names its models, sources this file from the repository root, says
 # what is done to a pruned model (`variants`), and makes its table:
 #
@@ -20,7 +21,7 @@ GPUS=${GPUS:-8} LLAMAS=${LLAMAS:-models} OUT=${OUT:-out/paper} TASKS=${TASKS:-da
 WIKITEXT=${WIKITEXT:-data/wikitext2_test.txt} # the raw test set as one file
 PYTHON=${PYTHON:-python}
 SEVEN="boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa"
-dry= seen=
+dry='' seen=''
 case $1 in
 "") ;;
 --dry_run) dry=1 ;;
@@ -36,95 +37,108 @@ case $GPUS in
     ;;
 esac
 
-show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
+# show WORD ...: a command as you would type it
+show() {
+    printf '\n\033[1m$'
+    for word; do
+        case $word in
+        "" | *[!A-Za-z0-9_./:,=*-]*) word=\'$(printf %s "$word" | sed "s/'/'\\\\''/g")\' ;;
+        esac
+        printf ' %s' "$word"
+    done
+    printf '\033[0m\n'
+}
 run() {
     show "$@"
     [ "$dry" ] || "$@"
 }
 
 # there FILE: whether it is there already, and will be used as it is
-there() { [ -e $1 ] && echo "using $1, which is there already"; }
+there() { [ -e "$1" ] && echo "using $1, which is there already"; }
 
 # prepare MODEL: instructions, calibration and tasks, once: all LLaMAs have the same tokenizer
 prepare() {
-    there data/alpaca/train.npy || run $PYTHON data/alpaca/prepare.py --tokenizer $LLAMAS/$1 --out data/alpaca
+    there data/alpaca/train.npy || run "$PYTHON" data/alpaca/prepare.py --tokenizer "$LLAMAS/$1" --out data/alpaca
     there data/c4/calib.npy ||
-        run $PYTHON data/c4/prepare.py --tokenizer $LLAMAS/$1 --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
+        run "$PYTHON" data/c4/prepare.py --tokenizer "$LLAMAS/$1" --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
     for task in $SEVEN; do
-        there $TASKS/samples_$task.jsonl || run $PYTHON data/lm_eval/prepare.py --task $task --out $TASKS
+        there "$TASKS/samples_$task.jsonl" || run "$PYTHON" data/lm_eval/prepare.py --task "$task" --out "$TASKS"
     done
-    [ ! "$MMLU" ] || there $TASKS/samples_mmlu_anatomy.jsonl ||
-        run $PYTHON data/lm_eval/prepare.py --task mmlu --out $TASKS
+    [ ! "$MMLU" ] || there "$TASKS/samples_mmlu_anatomy.jsonl" ||
+        run "$PYTHON" data/lm_eval/prepare.py --task mmlu --out "$TASKS"
 }
 
 # evaluate MODEL NAME CHECKPOINT: the seven tasks without BOS, as the paper, and perplexity; with MMLU=1 5-shot MMLU
 evaluate() {
-    to=$OUT/${MMLU:+mmlu/}$1/$2.json
-    [ -e $to ] && return
-    [ "$dry" ] || mkdir -p ${to%/*}
+    to=$OUT/${MMLU:+mmlu/}$1/$2.json ckpt=$3
+    [ -e "$to" ] && return
+    [ "$dry" ] || mkdir -p "${to%/*}"
     if [ "$MMLU" ]; then
-        what="$TASKS/samples_mmlu_*.jsonl"
+        set -- "$TASKS"/samples_mmlu_*.jsonl
     else
-        what="$(printf "$TASKS/samples_%s.jsonl " $SEVEN) --ppl $WIKITEXT"
+        set --
+        for task in $SEVEN; do
+            set -- "$@" "$TASKS/samples_$task.jsonl"
+        done
+        set -- "$@" --ppl "$WIKITEXT"
     fi
-    run torchrun --nproc_per_node=$GPUS evaluate.py --ckpt $3 --tasks $what --out $to
+    run torchrun --nproc_per_node="$GPUS" evaluate.py --ckpt "$ckpt" --tasks "$@" --out "$to"
 }
 
 # dense MODEL
-dense() { evaluate $1 dense $LLAMAS/$1; }
+dense() { evaluate "$1" dense "$LLAMAS/$1"; }
 
 # pruned MODEL METHOD SPARSITY [--dsnot]: prunes and evaluates; sets $name, such as wanda_2of8
 pruned() {
-    model=$1 name=$2_$(echo $3 | sed s/:/of/)${4:+-dsnot}
-    [ -e $OUT/$model/$name ] ||
-        run $PYTHON prune.py --ckpt $LLAMAS/$model --method $2 --sparsity $3 $4 --calib data/c4/calib.npy --out $OUT/$model/$name
-    evaluate $model $name $OUT/$model/$name
+    model=$1 name=$2_$(echo "$3" | sed s/:/of/)${4:+-dsnot}
+    [ -e "$OUT/$model/$name" ] ||
+        run "$PYTHON" prune.py --ckpt "$LLAMAS/$model" --method "$2" --sparsity "$3" ${4:+"$4"} --calib data/c4/calib.npy \
+            --out "$OUT/$model/$name"
+    evaluate "$model" "$name" "$OUT/$model/$name"
 }
 
 # tuned SUFFIX [FLAG ...]: fine-tunes what `pruned` made, and evaluates; SUFFIX names it, such as spp or spp-r4
 tuned() {
-    as=$name-$1
+    as=$name-$1 out=$OUT/$model/$name-$1
     shift
     case $model in
     *30b | *65b | *70b) set -- --fsdp --activation_checkpointing "$@" ;;
     esac
-    out=$OUT/$model/$as
-    if [ "$dry" ]; then
-        show torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
-        case $seen in # what a training needs is printed once per model and flags: another mask needs the same
-        *"<$model $*>"*) ;;
-        *) $PYTHON train.py --preset $model --dtype bfloat16 --dry_run $GPUS "$@" ;;
-        esac
-        seen="$seen<$model $*>"
-    elif ! [ -e $out/merged.pt ]; then
-        if ls $out/step-*.pt > /dev/null 2>&1; then # it has a state to go on from
-            set -- "$@" --resume
-        else
-            rm -rf $out
-        fi
-        run torchrun --nproc_per_node=$GPUS -- train.py --ckpt $OUT/$model/$name --data data/alpaca "$@" --out_dir $out
+    if ! [ -e "$out/merged.pt" ]; then
+        # --resume: a training that was stopped goes on, any other begins
+        run torchrun --nproc_per_node="$GPUS" train.py --ckpt "$OUT/$model/$name" --data data/alpaca "$@" --resume --out_dir "$out"
+        [ ! "$dry" ] || needs "$@"
     fi
-    evaluate $model $as $out/merged.pt
+    evaluate "$model" "$as" "$out/merged.pt"
+}
+
+# needs FLAG ...: what a training of $model needs, once for the same flags: another mask needs the same
+needs() {
+    case $seen in
+    *"<$model $*>"*) return 0 ;;
+    esac
+    seen="$seen<$model $*>"
+    "$PYTHON" bench/memory.py --preset "$model" --dtype bfloat16 --processes "$GPUS" "$@"
 }
 
 # collect N: the table, the paper's figures beside ours
-collect() { run $PYTHON bench/tables.py --paper $1 $OUT/${MMLU:+mmlu/}llama-*/*.json; }
+collect() { run "$PYTHON" bench/tables.py --paper "$1" "$OUT"/${MMLU:+mmlu/}llama-*/*.json; }
 
 # table N "METHOD ..." "SPARSITY ...": each of $MODELS, pruned by each method to each sparsity, and then what the script's
 # `variants` does to it; a method "dense" is the model as it came
 table() {
-    prepare ${MODELS%% *}
+    prepare "${MODELS%% *}"
     for model in $MODELS; do
         for method in $2; do
-            if [ $method = dense ]; then
-                dense $model
+            if [ "$method" = dense ]; then
+                dense "$model"
                 continue
             fi
             for sparsity in $3; do
-                pruned $model $method $sparsity
+                pruned "$model" "$method" "$sparsity"
                 variants
             done
         done
     done
-    collect $1
+    collect "$1"
 }

@@ -4,11 +4,11 @@
 MODELS=${MODELS:-llama-7b llama-30b}
 . runs/paper.sh
 
-prepare ${MODELS%% *}
+prepare "${MODELS%% *}"
 for model in $MODELS; do
     for sparsity in 0.75 2:8; do
-        pruned $model wanda $sparsity --dsnot
-        pruned $model wanda $sparsity
+        pruned "$model" wanda "$sparsity" --dsnot
+        pruned "$model" wanda "$sparsity"
         tuned spp
     done
 done

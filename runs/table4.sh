@@ -5,8 +5,8 @@ MODELS=${MODELS:-llama-7b}
 . runs/paper.sh
 
 variants() {
-    tuned spp-r4 --r 4
-    tuned spp-r8 --r 8
+    tuned spp-r4 --rank 4
+    tuned spp-r8 --rank 8
     tuned spp-no_beta --no_beta
     tuned spp-zero_none --zero_init none
     tuned spp

@@ -5,7 +5,7 @@ MODELS=${MODELS:-llama-7b llama-30b}
 . runs/paper.sh
 
 variants() {
-    tuned lora --method lora --r 8
+    tuned lora --method lora --rank 8
     tuned spp
 }
 table 5 wanda "0.75 2:8"

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import SHARED, needs_shared
+from conftest import ROOT, SHARED, needs_shared
 
 from data.alpaca import prepare as alpaca
 from data.c4 import prepare as c4
+from data.checkpoint import VERSION, UserError, digest, lock
 from data.lm_eval import prepare as lm_eval
 from data.tiny import prepare as tiny
-from model import PRESETS, Llama, UserError, load_tokenizer, save
-
-ROOT = Path(__file__).parents[1]
+from data.tokenizer import load_tokenizer
+from model import PRESETS, Llama, save
 
 RECORDS = [
     {
@@ -137,6 +137,8 @@ def test_every_record_comes_back_from_the_tokens(tmp_path, monkeypatch, lossless
     assert seen == set(expected)
     meta = json.loads((out / "meta.json").read_text())
     assert (meta["train"], meta["val"], meta["vocab_size"]) == (len(train), len(val), sp.vocab_size())
+    assert meta["version"] == VERSION and meta["tokenizer"] == load_tokenizer(lossless).fingerprint
+    assert meta["source_digest"] == digest(records_file.read_bytes())
 
 
 def test_the_held_out_examples_depend_on_the_seed_alone(tmp_path, monkeypatch, lossless, records_file):
@@ -163,7 +165,18 @@ def test_a_second_run_replaces_the_folder_and_leaves_other_files(tmp_path, monke
         call(alpaca, monkeypatch, "--tokenizer", lossless, "--json", records_file, "--val", val, "--out", out)
         assert len(examples(out, "val")) == val
     assert (out / "prepare.py").read_text() == "mine"
-    assert not [f for f in out.iterdir() if f.name.startswith(".")]
+    assert [f.name for f in out.iterdir() if f.name.startswith(".")] == [".lock"]
+
+
+def test_a_second_process_at_work_in_the_folder_is_refused(tmp_path, monkeypatch, lossless, records_file):
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--out", tmp_path / "out")
+    with lock(tmp_path / "out"):
+        line = refusal(alpaca, monkeypatch, *argv)
+        assert line == f"{tmp_path / 'out'}: another run is at work in it; stop it, or wait for its end"
+        assert [f.name for f in (tmp_path / "out").iterdir()] == [".lock"]
+    inode = (tmp_path / "out" / ".lock").stat().st_ino
+    call(alpaca, monkeypatch, *argv)
+    assert (tmp_path / "out" / ".lock").stat().st_ino == inode  # never replaced, or two could hold one each
 
 
 def test_a_disk_that_fills_up_leaves_the_old_folder(tmp_path, monkeypatch, lossless, records_file):
@@ -174,7 +187,7 @@ def test_a_disk_that_fills_up_leaves_the_old_folder(tmp_path, monkeypatch, lossl
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(alpaca.np, "save", full)
+    monkeypatch.setattr(alpaca, "save_npy", full)
     argv = ("--tokenizer", lossless, "--json", records_file, "--val", 7, "--out", out)
     assert "No space left" in refusal(alpaca, monkeypatch, *argv)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
@@ -203,6 +216,8 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"instruction": "a", "input": null, "output": "b"}]', "record 0: `input` is NoneType"),
         ('[{"instruction": " ", "output": "b"}]', "record 0: `instruction` is empty"),
         ('[{"instruction": "a", "output": ""}]', "record 0: `output` is empty"),
+        ('[{"instruction": "a", "output": "cut \\ud83d"}]', "record 0: `output`: holds half of a surrogate pair"),
+        ("[" * 10**5, "is not JSON"),
         ('[{"instruction": "a", "output": "b"}]', "1 records, and --val 5 leaves none"),
         ("[]", "0 records"),
     ],
@@ -229,11 +244,11 @@ def test_empty_records_are_left_out_when_asked_for(tmp_path, monkeypatch, capsys
     [
         ("--tokenizer", "none.model", "none.model: cannot be read"),
         ("--tokenizer", "records.json", "records.json: is not a sentencepiece model"),
-        ("--json", "none.json", "--json none.json: cannot be read"),
+        ("--json", "none.json", "none.json: cannot be read"),
         ("--val", 0, "argument --val: expected at least 1, found 0"),
         ("--max_len", 1, "argument --max_len: expected at least 2, found 1"),
         ("--out", "file", "--out file: is a file, expected a folder"),
-        ("--out", "theirs", "--out theirs: holds a train.npy or meta.json that no prepare.py wrote"),
+        ("--out", "theirs", "--out theirs: holds a train.npy or meta.json that no prepare.py of this version wrote"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_written(
@@ -316,7 +331,9 @@ def documents_file(tmp_path) -> Path:
     return path
 
 
-def test_calibration_windows_are_pieces_of_long_documents(tmp_path, monkeypatch, tokenizer_file, documents_file):
+def test_calibration_windows_are_pieces_of_long_documents(
+    tmp_path, monkeypatch, capsys, tokenizer_file, documents_file
+):
     argv = ("--tokenizer", tokenizer_file, "--json", documents_file, "--nsamples", 20, "--seqlen", 32)
     call(c4, monkeypatch, *argv, "--out", tmp_path / "calib.npy")
     windows = np.load(tmp_path / "calib.npy")
@@ -325,6 +342,7 @@ def test_calibration_windows_are_pieces_of_long_documents(tmp_path, monkeypatch,
     long = [[1, *tokenizer.encode(text)] for text in (DOCUMENTS[0], DOCUMENTS[2])]
     for w in windows.tolist():
         assert any(w == d[i : i + 32] for d in long for i in range(len(d) - 32))
+    assert "20 windows of 32 tokens, from 2 of 3 documents" in capsys.readouterr().out  # one is too short
 
 
 def test_gzipped_c4_gives_the_same_windows(tmp_path, monkeypatch, tokenizer_file, documents_file):
@@ -358,19 +376,34 @@ def test_wrong_calibration_flags_are_refused_in_one_line(
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"not json", "line 1 is not a JSON object"),
-        (b'{"text": "a"}\n{"txt": 1}', "line 2 is not a JSON object"),
-        (b'{"text": 1}', "line 1 is not a JSON object"),
+        (b"not json", "line 1: is not JSON"),
+        (b'["text"]', "line 1: is a JSON list, expected a dict"),
+        (b'{"text": "\xff"}', "line 1: is not JSON"),
+        (b'{"text": "cut \\ud83d"}', "line 1: holds half of a surrogate pair"),
+        (b'{"text": "a"}\n{"txt": 1}', 'line 2 has no string "text"'),
+        (b'{"text": 1}', 'line 1 has no string "text"'),
         (b"", "holds no document"),
+        (b"\n \n", "holds no document"),
         (gzip.compress(b'{"text": "a"}')[:-4], "is a truncated or damaged gzip file"),
     ],
-    ids=("no json", "no text", "no string", "empty", "truncated"),
+    ids=("no json", "no object", "no utf-8", "surrogate", "no text", "no string", "empty", "blank", "truncated"),
 )
 def test_a_file_that_is_not_like_c4_is_refused_by_its_name(tmp_path, monkeypatch, tokenizer_file, content, words):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     argv = ("--tokenizer", tokenizer_file, "--json", path, "--seqlen", 8, "--out", tmp_path / "calib.npy")
     assert f"{path}: {words}" in refusal(c4, monkeypatch, *argv)
+    assert not (tmp_path / "calib.npy").exists()
+
+
+@pytest.mark.parametrize("name, value", [("LONGEST", 300), ("MOST", 2)])
+@pytest.mark.parametrize("pack", (lambda data: data, gzip.compress), ids=("plain", "gzipped"))
+def test_a_file_larger_than_any_of_c4_is_refused(tmp_path, monkeypatch, tokenizer_file, name, value, pack):
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(pack("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()))
+    argv = ("--tokenizer", tokenizer_file, "--json", path, "--seqlen", 8, "--out", tmp_path / "calib.npy")
+    monkeypatch.setattr(c4, name, value)
+    assert f"{path}: line {1 if name == 'LONGEST' else 3}: more than" in refusal(c4, monkeypatch, *argv)
     assert not (tmp_path / "calib.npy").exists()
 
 
@@ -444,6 +477,16 @@ def test_a_data_set_is_downloaded_page_by_page(tmp_path, monkeypatch):
     assert [sample["doc"] for sample in samples] == documents
 
 
+def test_the_lines_of_a_file_end_where_json_has_them_end(tmp_path, monkeypatch):
+    """U+2028 and U+0085 may stand in a JSON string; Python's splitlines cuts there."""
+    documents = [{"passage": f"one{char}two", "question": "q", "label": 1} for char in "\u2028\u0085"]
+    text = "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in documents)
+    (tmp_path / "docs.jsonl").write_text(text, encoding="utf-8")
+    call(lm_eval, monkeypatch, "--task", "boolq", "--json", tmp_path / "docs.jsonl", "--out", tmp_path)
+    samples = (tmp_path / "samples_boolq.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["doc"] for line in samples] == documents
+
+
 TEMPLATE = {"doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"], "doc_to_target": 0}
 CONFIGS = {
     "choice": {"output_type": "multiple_choice", **TEMPLATE},
@@ -459,15 +502,20 @@ MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject"
     [
         ("--task nope", "--task nope: expected one of boolq"),
         ("--task boolq --json nowhere", "nowhere: cannot be read"),
-        ("--task boolq --json text", "text: is not a JSON document a line"),
+        ("--task boolq --json text", "text: line 1: is not JSON"),
         ("--task boolq --json empty", "empty: holds no documents"),
-        ("--task boolq --json numbers", "numbers: holds no documents"),
+        ("--task boolq --json numbers", "numbers: line 1: is a JSON list, expected a dict"),
         ("--task boolq --json docs", "docs: document 0 is not of task boolq: KeyError"),
         ("--task mmlu --json mmlu --shots mmlu", "--shots: holds 1 documents of logic, expected 5"),
         ("--task other --json docs --config configs", "--config configs: describes choice, python"),
         ("--task choice --config configs", "--config configs: holds no documents; give them as --json"),
         ("--task choice --json docs --config configs", "docs: document 0 is not of task choice: UndefinedError"),
         ("--task choice --json docs --config numbers", "numbers: is a JSON list, expected a dict"),
+        ("--task choice --json docs --config docs", "--config docs: has no `configs`, the descriptions of tasks"),
+        ("--task choice --json docs --config null", "--config null: has no `configs`, the descriptions of tasks"),
+        ("--task choice --json docs --config strings", "--config strings: has no `configs`, the descriptions of tasks"),
+        ("--task ../choice --json docs --config configs", "--task ../choice: expected a name of letters, digits"),
+        ("--task mmlu --json paths --shots mmlu", "paths: document 0: its subject '../logic' cannot name a file"),
         ("--task python --json docs --config configs", "python: doc_to_text is Python code"),
         ("--task generates --json docs --config configs", "generates: only zero-shot multiple-choice"),
         ("--task few_shot --json docs --config configs", "few_shot: only zero-shot multiple-choice"),
@@ -476,7 +524,11 @@ MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject"
 def test_a_task_that_cannot_be_rendered_is_refused_in_one_line(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     files = {"text": "no JSON", "empty": "\n", "numbers": "[3]", "docs": '{"question": "?"}', "mmlu": json.dumps(MMLU)}
-    for name, content in (files | {"configs": json.dumps({"configs": CONFIGS})}).items():
+    files.update(
+        configs=json.dumps({"configs": CONFIGS}), null='{"configs": null}', strings='{"configs": {"choice": "x"}}'
+    )
+    files.update(paths=json.dumps({**MMLU, "subject": "../logic"}))
+    for name, content in files.items():
         Path(name).write_text(content)
     assert words in refusal(lm_eval, monkeypatch, *flags.split(), "--out", "out")
     assert not Path("out").exists()

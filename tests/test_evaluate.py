@@ -1,24 +1,26 @@
 """What evaluate.py promises: lm-eval's numbers from lm-eval's files, contexts shared, every edge case its way."""
 
-import contextlib
+import gc
 import json
 import math
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
-import torch.nn.functional as F
 from conftest import SHARED, needs_shared
+from forks import ROOT, Job
 
 import evaluate
+from data.checkpoint import UserError
+from data.tokenizer import load_tokenizer
 from evaluate import (
     Document,
     aggregates,
@@ -34,9 +36,8 @@ from evaluate import (
     run_task,
     score,
 )
-from model import UserError, cli, load, save
+from model import cli, load, save
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = SHARED / "lm_eval" / "samples"
 
 
@@ -71,26 +72,27 @@ def model(random_checkpoint):
 
 def reference(model, tokenizer, context, continuation, add_bos=False):
     """log p of one continuation: one sequence, one forward, a loop over its tokens."""
-    c = ([tokenizer.bos_id()] if add_bos or not context else []) + tokenizer.encode(context)
-    whole = ([tokenizer.bos_id()] if add_bos or not context else []) + tokenizer.encode(context + continuation)
+    bos = [tokenizer.bos] if add_bos or not context else []
+    c, whole = bos + tokenizer.encode(context), bos + tokenizer.encode(context + continuation)
     with torch.no_grad():
         logp = model(torch.tensor([whole]))[0].double().log_softmax(-1)
     return sum(logp[p - 1, whole[p]].item() for p in range(len(c), len(whole)))
 
 
-def command(checkpoint, out, *flags, processes=1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    line = [sys.executable, *(torchrun if processes > 1 else []), ROOT / "evaluate.py"]
-    return [str(x) for x in [*line, "--ckpt", checkpoint, "--out", out, "--device", "cpu", *flags]]
+def command(checkpoint, out, *flags) -> list[str]:
+    line = [ROOT / "evaluate.py", "--ckpt", checkpoint, "--out", out, "--device", "cpu", *flags]
+    return [str(x) for x in line]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(checkpoint, out, *flags, processes=1) -> Job:
+    return Job(*command(checkpoint, out, *flags), processes=processes)
 
 
-def run(checkpoint, out, *flags, processes=1) -> subprocess.CompletedProcess:
-    """The command itself."""
-    line = command(checkpoint, out, *flags, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=ENV)
+def run(checkpoint, out, *flags, processes=1) -> str:
+    """The command in processes of its own, to its end. Returns what it said."""
+    job = start(checkpoint, out, *flags, processes=processes)
+    assert set(job.wait()) == {0}, job.text
+    return job.text
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def main(monkeypatch):
     """main(checkpoint, out, *flags): the command without a process of its own."""
 
     def main(checkpoint, out, *flags):
-        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags)[1:])
+        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags))
         evaluate.main()
 
     return main
@@ -109,12 +111,14 @@ def refused(monkeypatch, capsys):
     """refused(checkpoint, out, *flags): the line that the command ends in, having checked that it is one, and alone."""
 
     def refused(checkpoint, out, *flags):
-        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags)[1:])
+        monkeypatch.setattr(sys, "argv", command(checkpoint, out, *flags))
         with pytest.raises(SystemExit) as e:
             cli(evaluate.main)
         said = capsys.readouterr()
         assert e.value.code == 2 and said.out == "" and len(said.err.splitlines()) == 1, said
         assert said.err.startswith("evaluate.py: error: ")
+        del e
+        gc.collect()  # the traceback, and with it the lock on OUT.partial
         return said.err
 
     return refused
@@ -134,7 +138,7 @@ def no_bos(tmp_path_factory):
         minloglevel=2,
         bos_id=-1,
     )
-    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    return load_tokenizer(folder / "tokenizer.model")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,34 +353,36 @@ def test_a_word_perplexity_beyond_a_float_is_none():
 # perplexity
 
 
-def test_perplexity_is_wandas(model, tokenizer, tmp_path):
+@pytest.mark.parametrize("max_tokens", (1, 100, 8192))
+def test_perplexity_is_wandas(model, tokenizer, tmp_path, max_tokens):
+    """Against a float64 loop: rows as the data set has them, one string, one tokenisation, windows, cross-entropy."""
     text = "\n bada kimu \n \ndogu ruku bada kimu\n" * 30
     (tmp_path / "text.txt").write_text(text)
-    ours, n = perplexity(model, read_text(tmp_path / "text.txt", tokenizer), 32)
-    # independently: rows as the data set has them, one string, one tokenisation, windows, cross-entropy
+    ours, n = perplexity(model, read_text(tmp_path / "text.txt", tokenizer), 32, max_tokens)
     rows = ["" if line.isspace() else line for line in text.splitlines(keepends=True)]
-    tokens = torch.tensor([[1, *tokenizer.encode("\n\n".join(rows))]])
-    nlls = []
-    for i in range(tokens.shape[1] // 32):
-        window = tokens[:, 32 * i : 32 * (i + 1)]
+    tokens = [tokenizer.bos, *tokenizer.encode("\n\n".join(rows))]
+    losses = []
+    for i in range(len(tokens) // 32):
+        window = tokens[32 * i : 32 * (i + 1)]
         with torch.no_grad():
-            nlls.append(F.cross_entropy(model(window)[0, :-1], window[0, 1:]) * 32)
-    assert ours == pytest.approx(torch.exp(torch.stack(nlls).sum() / (len(nlls) * 32)).item(), rel=1e-5)
-    assert n == 32 * len(nlls)
+            logp = model(torch.tensor([window]))[0].double().log_softmax(-1)
+        losses += [-logp[p - 1, window[p]].item() for p in range(1, 32)]
+    assert ours == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert n == len(losses) * 32 / 31 and len(tokens) % 32
 
 
 def test_a_perplexity_that_no_float_holds_is_refused(random_checkpoint):
     model, _ = load(random_checkpoint)
     model.lm_head.weight.data *= 1e6
     with pytest.raises(UserError, match="nats a token"):
-        perplexity(model, torch.arange(64), 32)
+        perplexity(model, list(range(64)), 32)
 
 
 def test_the_first_window_that_is_not_finite_names_the_layer(random_checkpoint):
     model, _ = load(random_checkpoint)
     model.model.embed_tokens.weight.data[200] = math.inf
     with pytest.raises(UserError, match="embed_tokens"):
-        perplexity(model, torch.arange(150, 214), 32)
+        perplexity(model, list(range(150, 214)), 32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,12 +393,12 @@ def test_results_and_samples_have_their_documented_keys(random_checkpoint, tmp_p
     tasks = write(tmp_path / "samples_made_up_2026-01-01T00-00-00.1.jsonl", made_up())
     (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
     flags = ("--tasks", tasks, "--ppl", tmp_path / "text.txt", "--seqlen", 64, "--log_samples", tmp_path / "log")
-    result = run(random_checkpoint, tmp_path / "r.json", *flags)
-    assert result.returncode == 0, result.stderr
+    said = run(random_checkpoint, tmp_path / "r.json", *flags)
     out = json.loads((tmp_path / "r.json").read_text())
+    assert out["version"] == 1
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n"} <= out["results"]["made_up"].keys()
     assert out["perplexity"]["text"].keys() == {"ppl", "seqlen", "tokens"} and out["add_bos"] is False
-    assert "made_up" in result.stdout and not (tmp_path / "r.json.partial").exists()
+    assert "made_up" in said and not (tmp_path / "r.json.partial").exists()
     _, again = read_task(tmp_path / "log" / "samples_made_up.jsonl")
     assert len(again) == 12 and all(len(d.record["filtered_resps"]) == 4 for d in again)
 
@@ -401,10 +407,9 @@ def test_two_processes_give_identical_results(random_checkpoint, tmp_path):
     tasks = write(tmp_path / "samples_t.jsonl", made_up(20))
     (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
     for processes in (1, 2):
-        flags = ("--tasks", tasks, "--batch_tokens", 200, "--ppl", tmp_path / "text.txt", "--seqlen", 64)
+        flags = ("--tasks", tasks, "--max_tokens", 200, "--ppl", tmp_path / "text.txt", "--seqlen", 64)
         log = ("--log_samples", tmp_path / str(processes))
-        result = run(random_checkpoint, tmp_path / f"{processes}.json", *flags, *log, processes=processes)
-        assert result.returncode == 0, result.stderr
+        run(random_checkpoint, tmp_path / f"{processes}.json", *flags, *log, processes=processes)
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
     assert (tmp_path / "1" / "samples_t.jsonl").read_text() == (tmp_path / "2" / "samples_t.jsonl").read_text()
 
@@ -452,21 +457,37 @@ def test_finished_tasks_are_not_kept_for_other_documents(random_checkpoint, tmp_
     assert calls == ["a", "b", "a", "b"]
 
 
+def started(checkpoint, folder) -> tuple[tuple, Job]:
+    """Two tasks and a text that take a second: (the command's flags, the command once its first task is kept)."""
+    files = [write(folder / f"samples_{name}.jsonl", made_up(40, i)) for i, name in enumerate("ab")]
+    (folder / "text.txt").write_text("bada kimu dogu\n" * 2000)
+    flags = ("--tasks", *files, "--max_tokens", 100, "--ppl", folder / "text.txt", "--seqlen", 32)
+    job = start(checkpoint, folder / "r.json", *flags)
+    while not (folder / "r.json.partial" / "finished.json").exists():
+        assert job.running(), job.text
+        time.sleep(0.005)
+    return flags, job
+
+
 def test_a_killed_command_goes_on_when_it_is_given_again(random_checkpoint, tmp_path):
-    files = [write(tmp_path / f"samples_{name}.jsonl", made_up(40, i)) for i, name in enumerate("ab")]
-    (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 1000)
-    flags = ("--tasks", *files, "--batch_tokens", 100, "--ppl", tmp_path / "text.txt", "--seqlen", 32)
-    process = subprocess.Popen(command(random_checkpoint, tmp_path / "r.json", *flags), env=ENV)
-    while process.poll() is None and not (tmp_path / "r.json.partial").exists():
-        with contextlib.suppress(subprocess.TimeoutExpired):  # until the first task is kept
-            process.wait(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL and not (tmp_path / "r.json").exists()
+    flags, job = started(random_checkpoint, tmp_path)
+    job.kill()
+    assert job.wait() == [-signal.SIGKILL] and not (tmp_path / "r.json").exists()
     for out in ("r.json", "at_once.json"):
-        result = run(random_checkpoint, tmp_path / out, *flags)
-        assert result.returncode == 0, result.stderr
+        run(random_checkpoint, tmp_path / out, *flags)
     assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
     assert not (tmp_path / "r.json.partial").exists()
+
+
+def test_a_second_command_with_the_same_out_at_the_same_time_is_refused(random_checkpoint, tmp_path, refused):
+    flags, job = started(random_checkpoint, tmp_path)
+    os.kill(job.processes[0].pid, signal.SIGSTOP)  # so that it is at work for as long as this takes
+    line = refused(random_checkpoint, tmp_path / "r.json", *flags)
+    assert "r.json.partial: another run is at work in it" in line
+    run(random_checkpoint, tmp_path / "other.json", *flags)  # beside it there is room
+    os.kill(job.processes[0].pid, signal.SIGCONT)
+    assert job.wait() == [0], job.text
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "other.json").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -525,7 +546,7 @@ def with_arguments(arguments, **more) -> dict:
         ([record(0, ["q a", "q b"], ["t", "t"], "t")], "`answer`"),
         ([{"doc": {}}], "line 1 is not a sample"),
         ([AB | {"doc": 5}], "line 1 is not a sample"),
-        ([AB, 7], "line 2 is not a sample"),
+        ([AB, 7], "line 2: is a JSON int, expected a dict"),
         ([[1]], "sample 1 is not a sample"),
         ([], "no sample"),
     ],
@@ -539,7 +560,7 @@ def test_a_wrong_samples_file_is_refused(tmp_path, records, words):
     "content, words",
     [
         (b"\xff\xfe{}", "not UTF-8"),
-        (b'\n{"doc"', "line 2 is not JSON"),
+        (b'\n{"doc"', "line 2: is not JSON"),
         (b"[" * 10**6, "is not JSON"),
         (b'[{"doc": {}},', "is not JSON"),
     ],
@@ -553,8 +574,8 @@ def test_a_file_that_is_not_json_is_refused(tmp_path, content, words):
 def test_a_file_cut_in_mid_line_is_refused(random_checkpoint, tmp_path):
     path = write(tmp_path / "samples_x.jsonl", made_up())
     path.write_text(path.read_text()[:-30])
-    result = run(random_checkpoint, tmp_path / "r.json", "--tasks", path)
-    assert result.returncode == 2 and "line 12 is not JSON" in result.stderr and len(result.stderr.splitlines()) == 1
+    job = start(random_checkpoint, tmp_path / "r.json", "--tasks", path)
+    assert job.wait() == [2] and "line 12: is not JSON" in job.text and len(job.text.splitlines()) == 1
     assert not (tmp_path / "r.json").exists()
 
 
@@ -583,17 +604,18 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("", "nothing to do"),
         ("--tasks", "--tasks"),
         ("--tasks nowhere.jsonl", "nowhere.jsonl: cannot be read"),
-        ("--tasks a", "a: cannot be read: Is a directory"),
+        ("--tasks a", "a: is a directory, expected a file"),
         ("--tasks samples_t.jsonl samples_t.json", "another file is of task t too"),
         ("--ppl nowhere.txt", "nowhere.txt: cannot be read"),
-        ("--ppl a", "a: cannot be read: Is a directory"),
+        ("--ppl a", "a: is a directory, expected a file"),
         ("--ppl blob.txt", "blob.txt: is not UTF-8"),
         ("--ppl empty.txt", "--ppl empty.txt: is empty"),
         ("--ppl a/text.txt b/text.txt", "another file is named text too"),
         ("--ppl a/text.txt --seqlen 1000000", "fewer than one window; --seqlen is 1000000"),
         ("--ppl a/text.txt --seqlen 1", "--seqlen: expected at least 2, found 1"),
         ("--ppl a/text.txt --seqlen ten", "--seqlen"),
-        ("--tasks samples_t.jsonl --batch_tokens 0", "--batch_tokens: expected at least 1, found 0"),
+        ("--tasks samples_t.jsonl --max_tokens 0", "--max_tokens: expected at least 1, found 0"),
+        ("--tasks samples_t.jsonl --batch_tokens 9", "unrecognized arguments: --batch_tokens 9"),
         ("--ppl a/text.txt --semi_structured", "needs an NVIDIA GPU"),
         ("--ppl a/text.txt --device cuda", "sees no GPU"),
         ("--ppl a/text.txt --dtype int8", "--dtype"),
@@ -613,9 +635,26 @@ def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatc
     assert not (folder / "r.json").exists() and (folder / "samples_t.json").read_bytes() == before
 
 
-def test_a_broken_partial_file_is_one_line(random_checkpoint, folder, refused):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "finished.json: is not JSON"),
+        ("[]", "finished.json: is a JSON list, expected a dict"),
+        ('{"finished": {}}', "finished.json: has no version, expected 1"),
+        ('{"version": 2, "finished": {}}', "finished.json: has version 2, expected 1"),
+        ('{"version": 1, "finished": {"key": 5}}', "finished.json: is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1}', "finished.json: is damaged; remove r.json.partial to begin again"),
+    ],
+)
+def test_broken_partial_results_are_one_line(random_checkpoint, folder, refused, content, words):
+    (folder / "r.json.partial").mkdir()
+    (folder / "r.json.partial" / "finished.json").write_text(content)
+    assert words in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+
+
+def test_a_file_where_partial_results_should_go_is_one_line(random_checkpoint, folder, refused):
     (folder / "r.json.partial").write_text("{")
-    assert "r.json.partial: is not JSON" in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+    assert "r.json.partial: cannot be written" in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
 
 
 def test_bos_is_missed_only_where_it_is_needed(random_checkpoint, folder, main, refused, no_bos):
@@ -645,8 +684,9 @@ def test_nan_that_only_the_second_process_meets_is_reported(tokenizer, random_ch
     model, _ = load(random_checkpoint)
     model.model.embed_tokens.weight.data[list(own)] = float("nan")
     save(model, tmp_path / "nan.pt", tokenizer)
-    result = run(tmp_path / "nan.pt", tmp_path / "r.json", "--tasks", path, "--batch_tokens", 1, processes=2)
-    assert "evaluate.py: error: a log-likelihood is not finite: embed_tokens has NaN" in result.stderr
+    job = start(tmp_path / "nan.pt", tmp_path / "r.json", "--tasks", path, "--max_tokens", 1, processes=2)
+    assert job.wait() == [2, 2]
+    assert re.search(r"evaluate.py \(rank \d\): error: a log-likelihood is not finite: embed_tokens has NaN", job.text)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, needs_shared
+from conftest import ROOT, SHARED, needs_shared
 
 import prune
-from model import Llama, UserError, cli, load, open_checkpoint
-from prune import METHODS, Statistics, keep_mask, parse_sparsity, prune_model, sparsegpt
-
-ROOT = Path(__file__).parents[1]
+from data.checkpoint import VERSION, UserError, lock, open_checkpoint
+from model import Llama, cli, load, open_llama
+from prune import METHODS, Statistics, format_sparsity, keep_mask, parse_sparsity, prune_model, sparsegpt
 
 
 def targets(model: Llama) -> dict[str, torch.Tensor]:
@@ -153,22 +152,39 @@ def test_masks_keep_the_best_of_all_choices():
     assert keep_mask(score[:2], 0.5, whole=True).equal(best_rows(score[:2].view(1, -1), 8).view(2, 8))
 
 
-def test_of_equal_scores_the_left_one_goes_and_the_number_is_exact():
-    assert keep_mask(torch.ones(2, 6), 0.5).tolist() == [[False] * 3 + [True] * 3] * 2
-    assert keep_mask(torch.zeros(3, 8), (2, 8)).sum(1).tolist() == [2, 2, 2]
-    score = torch.randint(5, (30, 24)).float()
-    for sparsity in (0.01, 0.25, 0.5, 0.9, (2, 4), (1, 8), (7, 8), (3, 12), (20, 24)):
-        n, m = sparsity if isinstance(sparsity, tuple) else (24 - int(24 * sparsity), 24)
-        order = score.view(-1, m).argsort(dim=1, stable=True)
-        expected = torch.zeros(len(order), m, dtype=torch.bool).scatter_(1, order[:, m - n :], True).view(30, 24)
-        assert keep_mask(score, sparsity).equal(expected)
+def kept_by_rank(score: torch.Tensor, k: int) -> torch.Tensor:
+    """All but the k lowest of each row, every score held against every other: a score's rank is the number of those
+    that go before it, the lower ones and the equal ones to its left."""
+    rows = []
+    for row in score.tolist():
+        ranks = [sum((b, j) < (a, i) for j, b in enumerate(row)) for i, a in enumerate(row)]
+        rows.append([rank >= k for rank in ranks])
+    return torch.tensor(rows)
 
 
-def test_the_fast_form_for_short_groups_equals_the_one_by_rank():
-    for m in range(2, 9):
-        score = torch.randint(4, (500, m)).float()
-        for k in range(1, m):
-            assert prune.keep_by_comparing(score, k).equal(prune.keep_by_rank(score, k))
+@pytest.mark.parametrize("n, m", [(1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4), (2, 5), (3, 6)])
+def test_of_every_group_with_ties_the_kept_are_those_of_the_highest_rank(n, m):
+    """All groups of m scores out of three values, so that every way to tie is among them, side by side in one row."""
+    groups = torch.tensor(list(itertools.product((0.0, 0.5, 2.0), repeat=m)))  # (3**m, m)
+    expected = kept_by_rank(groups, m - n)
+    assert (expected.sum(1) == n).all()
+    assert keep_mask(groups, (n, m)).equal(expected)
+    assert keep_mask(groups.view(1, -1), (n, m), whole=True).view(-1, m).equal(expected)
+    assert keep_mask(groups.view(3, -1), (n, m)).view(-1, m).equal(expected)  # a row of groups after the other
+
+
+@pytest.mark.parametrize("values", (1, 2, 5, 10**6))
+def test_rows_and_whole_matrices_keep_the_highest_ranks_and_the_number_is_exact(values):
+    """values: how many different scores there are, from one (all tie) to so many that none does."""
+    torch.manual_seed(0)
+    score = torch.randint(values, (10, 24)).float()
+    for sparsity in (0.0, 0.01, 0.05, 0.25, 0.5, 0.7, 0.99):
+        kept = keep_mask(score, sparsity)
+        assert kept.equal(kept_by_rank(score, int(24 * sparsity)))
+        assert ((~kept).sum(1) == int(24 * sparsity)).all()
+        whole = keep_mask(score, sparsity, whole=True)
+        assert whole.equal(kept_by_rank(score.view(1, -1), int(240 * sparsity)).view(10, 24))
+        assert (~whole).sum() == int(240 * sparsity)
 
 
 def test_groups_of_more_than_256_are_kept_exactly():
@@ -261,6 +277,23 @@ def test_an_input_that_is_always_zero_loses_its_column(model, calib):
     assert not model.model.layers[0].self_attn.q_proj.weight[:, 3].any()
 
 
+@pytest.mark.parametrize("sparsity, pattern", [("0.5", 0.5), ("2:4", (2, 4)), (0.5, 0.5), ((2, 4), (2, 4))])
+def test_sparsity_may_be_text_a_share_or_a_pair(random_checkpoint, model, calib, sparsity, pattern):
+    assert parse_sparsity(sparsity) == pattern == parse_sparsity(format_sparsity(pattern))
+    as_text = load(random_checkpoint)[0]
+    prune_model(as_text, calib, "wanda", format_sparsity(pattern))
+    prune_model(model, calib, "wanda", sparsity)
+    assert all(w.equal(targets(as_text)[name]) for name, w in targets(model).items())
+    assert model.history == as_text.history == [{"method": "wanda", "sparsity": format_sparsity(pattern)}]
+
+
+def test_what_was_done_is_added_to_the_models_history(model, calib):
+    model.history = [{"method": "full"}]
+    prune_model(model, calib, "sparsegpt", lambda name: 0.5, dsnot_cycles=3, dsnot_threshold=0.2)
+    step = {"method": "sparsegpt", "sparsity": "by layer", "dsnot_cycles": 3, "dsnot_threshold": 0.2}
+    assert model.history == [{"method": "full"}, step]
+
+
 def test_sparsity_may_be_a_function_of_the_layers_name(model, calib):
     prune_model(model, calib, "wanda", lambda name: 0.25 if "mlp" in name else (1, 4))
     for name, w in targets(model).items():
@@ -342,8 +375,9 @@ def test_the_command_prunes_as_the_function_does(random_checkpoint, model, calib
         assert all(pruned[name].equal(w) for name, w in model.state_dict().items())
         assert pruned.history[-1]["sparsity"] == "2:4" and pruned.tokenizer
         report = json.loads((tmp_path / "pruned.json" if out.suffix else out / "prune.json").read_text())
+        assert report["version"] == VERSION and len(report["layers"]) == 14
         assert report["kinds"]["q_proj"]["sparsity"] == 0.5 and "q_proj" in result.stdout
-        assert not Path(f"{out}.partial").exists()
+        assert not Path(f"{out}.partial").exists() and not list(tmp_path.rglob(".*"))
 
 
 KILLED = """
@@ -365,8 +399,19 @@ prune.main()
 
 
 # A run renames in turn: the job; for each of two blocks its shard, then the inputs of the next; the last shard; the
-# report; and a .pt result, which then are moved. A life of n is killed before its rename n + 1.
-@pytest.mark.parametrize("name, lives", [("killed", (2, 3, 2, 9)), ("killed.pt", (3, 4, 4, 9))])
+# report; and a .pt result, which then are moved. A life of n is killed before its rename n + 1; 99 is the last.
+@pytest.mark.parametrize(
+    "name, lives",
+    [
+        ("killed", (3, 99)),
+        ("killed.pt", (8, 99)),
+        *(pytest.param(name, (n, 99), marks=pytest.mark.stress) for name in ("killed", "killed.pt") for n in range(7)),
+        *(pytest.param("killed.pt", (n, 99), marks=pytest.mark.stress) for n in (7, 9)),
+        pytest.param("killed", (2, 3, 2, 99), marks=pytest.mark.stress),
+        pytest.param("killed.pt", (3, 4, 4, 99), marks=pytest.mark.stress),
+        pytest.param("killed.pt", (*[1] * 8, 99), marks=pytest.mark.stress),
+    ],
+)
 def test_a_run_killed_before_any_of_its_renames_ends_with_the_same_bytes(
     random_checkpoint, calib_file, tmp_path, run_here, name, lives
 ):
@@ -386,12 +431,90 @@ def test_a_run_killed_before_any_of_its_renames_ends_with_the_same_bytes(
     assert [file for file in ours if ours[file] != expected[file]] == []
 
 
+def test_a_run_killed_while_it_clears_away_leaves_nothing_that_another_command_takes(
+    random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
+):
+    def killed(work):
+        (work / "job.json").unlink()
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune.shutil, "rmtree", killed)
+        assert run_here(random_checkpoint, tmp_path / "out.pt", calib_file, "--method", "wanda")[0] == 2
+    for out in ("out.pt", "alone/out.pt"):
+        assert run_here(random_checkpoint, tmp_path / out, calib_file, "--method", "magnitude") == (0, "")
+    assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "alone" / "out.pt").read_bytes()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from data.checkpoint import lock
+held = lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_the_same_partial_result_is_refused(random_checkpoint, calib_file, tmp_path, run_here):
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    line = [sys.executable, "-c", HOLD, work]
+    with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        status, error = run_here(random_checkpoint, out, calib_file)
+        assert status == 2 and f"{work}: another run is at work in it" in error and len(error.splitlines()) == 1
+        assert [path.name for path in work.iterdir()] == [".lock"] and not out.exists()
+        first.kill()  # in whatever way it ends, the lock ends with it
+    assert run_here(random_checkpoint, out, calib_file) == (0, "")
+
+
+@pytest.mark.parametrize("name", ("out.pt", pytest.param("out", marks=pytest.mark.stress)))
+def test_of_two_commands_at_once_one_prunes_and_the_other_says_why_it_does_not(
+    random_checkpoint, calib_file, tmp_path, name
+):
+    line = [sys.executable, ROOT / "prune.py", *command(random_checkpoint, tmp_path / name, calib_file)]
+    both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    statuses = [process.returncode for process in both]
+    assert sorted(statuses) in ([0, 2], [0, 0]), said  # 0, 0: the second began after the first had ended
+    for status, error in zip(statuses, said, strict=True):
+        assert len(error.splitlines()) == (status == 2), error
+        assert status == 0 or "another run is at work" in error or "directory is not empty" in error
+    assert open_llama(tmp_path / name)[0].history[-1]["sparsity"] == "2:4"
+    left = [path.name for path in (tmp_path / f"{name}.partial").glob("*")]
+    assert left in ([], [".lock"])  # the lock's file, where the second came right after the first
+
+
+def test_a_result_that_another_run_has_written_meanwhile_is_seen_before_any_work(
+    random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
+):
+    def late(work):
+        (tmp_path / "out" / "config.json").mkdir(parents=True)
+        return lock(work)
+
+    monkeypatch.setattr(prune, "lock", late)
+    status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
+    assert status == 2 and "the directory is not empty" in error
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [".lock"]
+
+
+def test_what_a_link_points_to_is_written_and_the_link_stays(random_checkpoint, calib_file, tmp_path, run_here):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    (tmp_path / "link.pt").symlink_to("big.pt")  # which does not exist yet
+    for name in ("link", "link.pt"):
+        assert run_here(random_checkpoint, tmp_path / name, calib_file) == (0, "")
+        assert (tmp_path / name).is_symlink()
+        assert open_checkpoint((tmp_path / name).resolve()).history[-1]["method"] == "wanda"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "big.json", "big.pt", "link", "link.pt"]
+
+
 def test_the_partial_result_of_another_command_is_not_taken(random_checkpoint, calib_file, tmp_path, run_here):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "job.json").write_text("{}")
     status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
     assert status == 2 and "out.partial: belongs to another command" in error
-    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["job.json"]
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [".lock", "job.json"]
 
 
 def test_windows_longer_than_the_models_positions_are_noted(random_checkpoint, tmp_path, run_here):
@@ -432,6 +555,7 @@ def test_a_sparsity_that_is_none_is_refused(text):
         (("--calib", "nowhere.npy"), "nowhere.npy"),
         (("--ckpt", "nowhere"), "nowhere"),
         (("--out", "/proc/x"), "/proc/x"),
+        (("--out", "/proc"), "--out /proc: is a mount point, which cannot be replaced"),
     ],
 )
 def test_a_wrong_flag_is_one_line(random_checkpoint, calib_file, tmp_path, run_here, flags, words):
@@ -528,8 +652,9 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(random_checkpoint,
         save(state, path)
 
     def attempt():
-        ckpt, out = open_checkpoint(random_checkpoint), tmp_path / "out"
-        prune.prune_checkpoint(ckpt, tokens, settings, out, {}, torch.device("cpu"), torch.float32)
+        step, out = {"method": "wanda"}, tmp_path / "out"
+        ckpt, config = open_llama(random_checkpoint)
+        prune.prune_checkpoint(ckpt, config, tokens, settings, out, step, torch.device("cpu"), torch.float32)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="00002-of-00003.*No space left"):
         patch.setattr(prune, "write_safetensors", full_at_the_second_shard)
@@ -539,4 +664,4 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(random_checkpoint,
         attempt()
     assert (tmp_path / "out.partial" / "inputs-00001.pt").exists() and not (tmp_path / "out").exists()
     attempt()
-    assert open_checkpoint(tmp_path / "out").history == [{}]
+    assert open_checkpoint(tmp_path / "out").history == [{"method": "wanda"}]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_memory import needs, together
 from test_runs import linears, script
 
 from bench import linear, tables
@@ -21,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 # every command: (file, what follows it), whether in a block or in a sentence
-COMMANDS = re.findall(r"(?:python|--) ((?:\w+/)*\w+\.py)(.*)", "\n".join([SHELL, *INLINE]))
+COMMANDS = re.findall(r"(?:python|torchrun(?: --\S+)+) ((?:\w+/)*\w+\.py)(.*)", "\n".join([SHELL, *INLINE]))
 
 
 def test_files_named_in_the_readme_exist():
@@ -49,6 +50,8 @@ def test_make_targets_shown_in_the_readme_exist():
 def test_flags_shown_in_the_readme_exist(file):
     shown = {flag for name, rest in COMMANDS if name == file for flag in re.findall(r"--[a-z_]+", rest)}
     source = (ROOT / file).read_text()  # reading it is 20 times as fast as asking --help
+    if file == "bench/memory.py":  # it takes train.py's
+        source += (ROOT / "train.py").read_text()
     assert [flag for flag in sorted(shown) if f'"{flag}"' not in source] == []
 
 
@@ -215,6 +218,19 @@ def test_sizes_are_those_of_the_presets():
     inject(llama["llama-7b"], r=16)
     learned = sum(p.numel() for p in llama["llama-7b"].parameters() if p.requires_grad)
     assert f"with r = 16 it learns {learned / size(llama['llama-7b']):.2%} of a 7B model" in text
+
+
+def test_memory_of_each_gpu_is_what_bench_memory_counts():
+    rows = rows_under("| | memory of each GPU |")
+    assert len(rows) == 5
+    for what, *cells in rows:
+        size = re.search(r"(\d+)B", what)[1]
+        flags = ["--preset", f"llama-{'2-' * ('LLaMA-2' in what)}{size}b", "--dtype", "bfloat16", "--data", "none"]
+        if "eight GPUs" in what:
+            flags += ["--fsdp", "--processes", "8"]
+        for cell, more in zip(cells, ([], ["--activation_checkpointing"]), strict=True):
+            if cell:
+                assert cell == f"{together(needs(*flags, *more)):.1f} GiB", what
 
 
 def test_units_and_bytes_kept_of_a_layer_are_as_counted():

@@ -1,17 +1,20 @@
-"""runs/: every command of the paper's scripts is a real one, and their figures follow from their assumptions."""
+"""runs/: every command of the paper's scripts is a real one, their figures follow from their assumptions, and no name
+and no signal makes a script lose a file or leave a process."""
 
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import train
 from bench.rounding import round_stochastically
 from model import PRESETS, Llama
 
@@ -19,16 +22,18 @@ ROOT = Path(__file__).parents[1]
 PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
 
 
-def script(number: str, python: str = ":") -> list[list[str]]:
-    """The commands of a table's script with --dry_run, as words. `python` runs the trainings: ":" does nothing."""
-    env = os.environ | {"PYTHON": python, "GPUS": "8", "OUT": "out/none", "LLAMAS": "models", "TASKS": "tasks"}
+def shown(text: str) -> list[list[str]]:
+    """The commands that a script has echoed, as words."""
+    return [shlex.split(line) for line in re.findall(r"^\033\[1m\$ (.*)\033\[0m$", text, re.M)]
+
+
+def script(number: str, **names: str) -> list[list[str]]:
+    """The commands of a table's script with --dry_run. PYTHON, which says what trainings need, is one that does not."""
+    env = os.environ | {"PYTHON": ":", "GPUS": "8", "OUT": "out/none", "LLAMAS": "models", "TASKS": "tasks"} | names
     line = ["sh", f"runs/table{number}.sh", "--dry_run"]
     result = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    shown = [
-        line[len("\033[1m$ ") : -len("\033[0m")] for line in result.stdout.splitlines() if line.startswith("\033[1m$ ")
-    ]
-    return [shlex.split(line) for line in shown]
+    return shown(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +64,7 @@ def test_flags_of_every_command_exist(commands):
         assert shown <= known, file
 
 
-def test_every_training_of_every_script_passes_its_dry_run(commands, monkeypatch, capsys):
-    known = set()
-    for line in (line for lines in commands.values() for line in trainings(lines)):
-        preset = Path(line[line.index("--ckpt") + 1]).parent.name
-        flags = line[line.index("--data") + 2 : line.index("--out_dir")]
-        if (key := (preset, *flags)) not in known:
-            known.add(key)
-            argv = ["train.py", "--preset", preset, "--dtype", "bfloat16", "--dry_run", "8", "--data", "none", *flags]
-            monkeypatch.setattr(sys, "argv", argv)
-            train.main()
-            together = re.search(r"together +([\d.]+) GiB", capsys.readouterr().out)[1]
-            assert float(together) < 80, key
-    assert len(known) > 10
-
-
-def test_dry_run_of_a_script_runs_each_kind_of_training_once():
+def test_dry_run_of_a_script_says_once_what_each_kind_of_training_needs():
     env = os.environ | {"PYTHON": sys.executable, "MODELS": "llama-7b"}
     line = ["sh", "runs/table5.sh", "--dry_run"]
     result = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -122,6 +112,171 @@ def test_a_script_starts_nothing_that_was_not_asked_for(env, flag):
     line = ["sh", "runs/table5.sh", flag]
     result = subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# names with spaces, and files that are not the script's
+
+
+@pytest.fixture
+def scripts(tmp_path) -> Path:
+    """A repository, "a copy", of nothing but runs/, and beside it python and torchrun that write down their words and
+    make an empty --out."""
+    copy, stubs = tmp_path / "a copy", tmp_path / "some programs"
+    shutil.copytree(ROOT / "runs", copy / "runs")
+    stubs.mkdir()
+    for name in ("python", "torchrun"):
+        (stubs / name).write_text(
+            "#!/bin/sh\n"
+            f"""for word in {name} "$@"; do printf '%s\\n' "$word"; done >> ../words; echo >> ../words\n"""
+            """case $word in *.json) : > "$word" ;; esac\n"""
+        )
+        (stubs / name).chmod(0o755)
+    return copy
+
+
+def stubbed(copy: Path, *line: str, **names: str) -> subprocess.CompletedProcess:
+    """Runs a script in the copy, with its stubs."""
+    env = os.environ | {"PATH": f"{copy.parent / 'some programs'}:{os.environ['PATH']}"} | names
+    return subprocess.run(["sh", *line], cwd=copy, env=env, capture_output=True, text=True, timeout=60)
+
+
+PLAIN = {"OUT": "out/none", "LLAMAS": "models", "TASKS": "tasks", "WIKITEXT": "text.txt"}
+ODD = {"OUT": "a dir/with space", "LLAMAS": "my $(models)", "TASKS": "it's/my tasks", "WIKITEXT": 'a "text" *.txt'}
+
+
+@pytest.mark.parametrize("number", "346")
+def test_names_with_spaces_reach_every_command_whole_and_are_echoed_as_typed(scripts, number):
+    ran = {}
+    for kind, names in (("plain", PLAIN), ("odd", ODD)):
+        python = str(scripts.parent / "some programs" / "python")
+        done = stubbed(scripts, f"runs/table{number}.sh", MODELS="llama-7b", PYTHON=python, **names)
+        assert done.returncode == 0, done.stderr
+        words = scripts.parent / "words"
+        ran[kind] = [text.splitlines()[1:] for text in words.read_text().split("\n\n") if text]
+        words.unlink()
+        assert [line[1:] for line in shown(done.stdout)] == ran[kind]
+    starts = {PLAIN[key]: ODD[key] for key in PLAIN}
+    for line in ran["plain"]:
+        for old, new in starts.items():
+            line[:] = [new + word.removeprefix(old) if word.startswith(old) else word for word in line]
+    assert ran["odd"] == ran["plain"] and len(ran["odd"]) > 10
+    # the table is made of what the evaluations wrote
+    written = [line[-1] for line in ran["odd"] if line[0] == "--nproc_per_node=8" and line[1] == "evaluate.py"]
+    assert ran["odd"][-1][3:] == sorted(written) and all(file.startswith("a dir/with space/") for file in written)
+
+
+def test_a_script_removes_nothing(scripts):
+    """Neither what lies where a space ends a name, nor what it finds where it writes."""
+    run = "llama-7b/wanda_0.75-spp"
+    mine = [
+        f"{folder}/{name}" for folder in ("a", "dir/with", f"space/{run}", f"a dir/with space/{run}") for name in "xy"
+    ]
+    for file in mine:
+        (scripts / file).parent.mkdir(parents=True, exist_ok=True)
+        (scripts / file).write_text(file)
+    before = set(scripts.rglob("*"))
+    for _ in range(2):  # the second time, what the first has made
+        done = stubbed(scripts, "runs/table5.sh", MODELS="llama-7b", OUT="a dir/with space")
+        assert done.returncode == 0, done.stderr
+    assert before <= set(scripts.rglob("*"))
+    assert all((scripts / file).read_text() == file for file in mine)
+
+
+def test_a_training_that_was_stopped_goes_on(scripts):
+    """train.py's --resume begins where nothing was saved, and refuses a folder of other settings."""
+    done = stubbed(scripts, "runs/table5.sh", MODELS="llama-7b")
+    assert done.returncode == 0 and all("--resume" in line for line in trainings(shown(done.stdout)))
+    done = stubbed(scripts, "runs/demo.sh", "full")
+    lines = trainings(shown(done.stdout))
+    assert done.returncode == 0 and len(lines) > 50
+    assert all(("--resume" in line) != ("full" in line) for line in lines)  # pretraining is done anew, with its world
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the demo, and Ctrl-C
+
+
+def test_the_demo_replaces_what_a_demo_made_and_nothing_else(scripts):
+    first = stubbed(scripts, "runs/demo.sh")
+    assert first.returncode == 0, first.stderr
+    old = scripts / "out" / "demo" / "results_old.json"
+    old.touch()
+    assert stubbed(scripts, "runs/demo.sh").stdout == first.stdout and not old.exists()
+    (scripts / "out" / "demo" / "made_by_demo").unlink()
+    old.touch()
+    done = stubbed(scripts, "runs/demo.sh")
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "out/demo is there, and no demo made it" in done.stderr
+    )
+    assert old.exists()
+
+
+def test_the_demo_takes_no_other_word(scripts):
+    done = stubbed(scripts, "runs/demo.sh", "fulll")
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not (scripts / "out").exists()
+
+
+def test_a_chain_of_the_demo_that_fails_ends_it(scripts):
+    python = scripts.parent / "some programs" / "python"
+    for fails in ("wanda", "sparsegpt"):
+        python.write_text(f"#!/bin/sh\ncase $* in *'--method {fails}'*) echo broken >&2; exit 3 ;; esac\n")
+        done = stubbed(scripts, "runs/demo.sh")
+        assert done.returncode in (1, 3) and "broken" in done.stdout + done.stderr, fails
+        assert "bench/tables.py" not in done.stdout
+
+
+def at_work(folder: Path) -> list[str]:
+    """The processes whose current folder this is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve() == folder:
+                found.append(process.name)
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.parametrize("whom", ["the terminal's processes", "the script alone"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_ends_both_chains_of_the_demo_at_once(scripts, number, whom):
+    """Even where what is at work does not listen: train.py ends its step first."""
+    python = scripts.parent / "some programs" / "python"
+    python.write_text(
+        "#!/bin/sh\ntrap '' INT TERM HUP\ncase $1 in prune.py) echo $* >> ../pruning; sleep 100 ;; esac\n"
+    )
+    env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    demo = subprocess.Popen(
+        ["sh", "runs/demo.sh"], cwd=scripts, env=env, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    pruning = scripts.parent / "pruning"
+    end = time.monotonic() + 30
+    while not pruning.exists() or pruning.read_text().count("\n") < 2:  # one in each chain
+        assert time.monotonic() < end and demo.poll() is None
+        time.sleep(0.01)
+    if whom == "the script alone":
+        demo.send_signal(number)
+    else:
+        os.killpg(demo.pid, number)
+    assert demo.wait(timeout=1) == 128 + number
+    end = time.monotonic() + 1
+    while at_work(scripts):
+        assert time.monotonic() < end, "a process is still at work"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    line = ["shellcheck", "-x", "-S", "style", *sorted(str(path) for path in (ROOT / "runs").glob("*.sh"))]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench/rounding.py
 
 
 def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16_values():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import prune_by_magnitude
+from conftest import ROOT, prune_by_magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import spp
 import train
 from bench.linear import saved_bytes, units
-from model import PRESETS, Llama, UserError, cli, load, open_checkpoint, save
+from data.checkpoint import VERSION, UserError, write_checkpoint
+from model import PRESETS, Llama, cli, load, open_llama, save
 from spp import (
     METHODS,
     DynamicLinear,
@@ -29,6 +30,8 @@ from spp import (
     load_adapter,
     merge,
     merge_checkpoint,
+    read_adapter,
+    write_adapter,
 )
 
 FORMS = ("repeat", "chunked", "fused")
@@ -289,9 +292,9 @@ def test_merging_files_equals_merging_in_memory(pruned, tmp_path, method):
     save(pruned, tmp_path / "pruned.pt")
     stir(inject(pruned, method=method, r=4, scale=1.5))
     adapter = {name: p.clone() for name, p in adapter_state(pruned).items()}
-    about = {"method": method, "r": 4, "scale": 1.5, "base": open_checkpoint(tmp_path / "pruned.pt").fingerprint()}
-    torch.save({"adapter": adapter} | about, tmp_path / "adapter.pt")
-    merged = merge_checkpoint(open_checkpoint(tmp_path / "pruned.pt"), tmp_path / "adapter.pt")
+    ckpt = open_llama(tmp_path / "pruned.pt")[0]
+    write_adapter(tmp_path / "adapter.pt", adapter, ckpt.fingerprint(), method, 4, 1.5)
+    merged = merge_checkpoint(ckpt, tmp_path / "adapter.pt")
     for name, w in merge(pruned).state_dict().items():
         assert merged[name].equal(w), name
     fresh = inject(load(tmp_path / "pruned.pt")[0], method=method, r=4, scale=1.5)
@@ -324,22 +327,24 @@ def test_inject_swaps_its_targets_and_nothing_else(pruned):
     linears = {name: m for name, m in pruned.named_modules() if isinstance(m, nn.Linear | SPPLinear)}
     swapped = {name for name, m in linears.items() if isinstance(m, SPPLinear)}
     assert swapped == {name for name in linears if name.endswith((".q_proj", ".down_proj"))}
-    assert len(swapped) == 2 * pruned.config.n_layers and len(linears) == 7 * pruned.config.n_layers + 1
+    assert (
+        len(swapped) == 2 * pruned.config.num_hidden_layers and len(linears) == 7 * pruned.config.num_hidden_layers + 1
+    )
     learned = {name for name, p in pruned.named_parameters() if p.requires_grad}
     assert learned == {f"{name}.{factor}" for name in swapped for factor in ("alpha", "beta")}
 
 
 def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch):
     """The lines under "Fork it", as they stand in the README, through the steps of train.py."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     code = text.split("below `METHODS` in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
     monkeypatch.setattr("spp.METHODS", METHODS | {})
     exec(code, names := vars(spp) | {})
     save(pruned, tmp_path / "pruned.pt")
-    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+    ckpt, config = open_llama(tmp_path / "pruned.pt")
     monkeypatch.setattr("train.METHODS", spp.METHODS)
-    args = train.parse_args(["--ckpt", str(ckpt.path), "--method", "row_scale", "--dtype", "float32"])
-    model = train.build(args, ckpt.config)
+    args = train.make_parser().parse_args(["--ckpt", str(ckpt.path), "--method", "row_scale", "--dtype", "float32"])
+    model = train.build(args, config)
     train.materialise(model, ckpt, 0, "cpu")
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32, requires_grad=True)
     assert type(layer) is names["RowScale"] and layer.merged().equal(pruned.model.layers[0].mlp.up_proj.weight)
@@ -347,7 +352,7 @@ def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch
     grads = torch.autograd.grad(layer(x).square().sum(), (x, layer.gain))
     y = F.linear(x, layer.weight * layer.gain[:, None])
     torch.testing.assert_close(grads, torch.autograd.grad(y.square().sum(), (x, layer.gain)))
-    train.write_adapter(tmp_path / "adapter.pt", train.learned(model), args, ckpt.fingerprint())
+    write_adapter(tmp_path / "adapter.pt", adapter_state(model), ckpt.fingerprint(), "row_scale", args.rank, args.scale)
     merged = merge_checkpoint(ckpt, tmp_path / "adapter.pt")
     for name, w in merge(model).state_dict().items():
         assert merged[name].equal(w), name
@@ -374,47 +379,164 @@ def test_a_method_that_is_none_is_refused_before_anything_changes(pruned):
     assert all(p.requires_grad for p in pruned.parameters())
 
 
-def test_dense_is_refused_for_what_is_sparse_anyway(pruned, tmp_path):
-    save(pruned, tmp_path / "pruned.pt")
-    ckpt = open_checkpoint(tmp_path / "pruned.pt")
-    adapter = {name: p.clone() for name, p in adapter_state(inject(pruned, r=4)).items()}
-    about = {"method": "spp", "r": 4, "scale": 2.0, "base": ckpt.fingerprint()}
-    torch.save({"adapter": adapter} | about, tmp_path / "adapter.pt")
-    with pytest.raises(UserError, match="--dense: means nothing to an adapter of --method spp"):
-        merge_checkpoint(ckpt, tmp_path / "adapter.pt", masked=False)
-
-
 def test_an_r_that_divides_no_layer_is_refused_before_anything_changes(pruned):
-    with pytest.raises(UserError, match=r"--r 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8"):
+    with pytest.raises(UserError, match=r"--rank 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8"):
         inject(pruned, r=5)
     assert not any(isinstance(module, SPPLinear) for module in pruned.modules())
 
 
 @pytest.fixture
 def saved(pruned, tmp_path):
-    """The pruned model's checkpoint, and a function that writes an adapter of it and returns the path."""
+    """The pruned model's checkpoint, and a function that writes an adapter of it, whole or with some keys of the file
+    changed (None: left out), and returns the path."""
     save(pruned, tmp_path / "pruned.pt")
-    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+    ckpt, _ = open_llama(tmp_path / "pruned.pt")
 
-    def write(adapter: dict, method: str = "spp", base: str | None = None) -> Path:
-        about = {"method": method, "r": 4, "scale": 2.0, "base": base or ckpt.fingerprint()}
-        torch.save({"adapter": adapter} | about, tmp_path / "adapter.pt")
-        return tmp_path / "adapter.pt"
+    def write(kind: str = "spp", **changes) -> Path:
+        path = tmp_path / "adapter.pt"
+        model = inject(copy.deepcopy(pruned), kind, r=4)
+        write_adapter(path, adapter_state(model), ckpt.fingerprint(), kind, 4, 2.0)
+        file = torch.load(path)
+        if "adapter" in changes:  # factors: changed, or left out
+            changes["adapter"] = without_none({**file["adapter"], **changes["adapter"]})
+        torch.save(without_none({**file, **changes}), path)
+        return path
 
     return ckpt, write
 
 
-def test_a_file_that_is_no_adapter_of_the_checkpoint_is_refused(saved, tmp_path):
+def without_none(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def test_an_adapter_file_is_read_as_it_was_written(pruned, saved):
     ckpt, write = saved
-    torch.save({"weights": 1}, tmp_path / "not.pt")
-    with pytest.raises(UserError, match=r"not.pt: is not an adapter file of train.py"):
-        merge_checkpoint(ckpt, tmp_path / "not.pt")
-    with pytest.raises(UserError, match=r"adapter.pt: was trained on checkpoint another, not on .*pruned.pt"):
-        merge_checkpoint(ckpt, write({}, base="another"))
-    with pytest.raises(UserError, match=r"adapter.pt: its method is 'dora', expected one of spp, lora, masked"):
-        merge_checkpoint(ckpt, write({}, method="dora"))
-    with pytest.raises(UserError, match=r"adapter.pt: model.layers.9.mlp.up_proj.weight is not in .*pruned.pt"):
-        merge_checkpoint(ckpt, write({"layers.9.mlp.up_proj.beta": torch.zeros(96)}))
+    file = read_adapter(write(), ckpt)
+    assert file["version"] == VERSION and file["base"] == ckpt.fingerprint()
+    assert (file["method"], file["r"], file["scale"], file["options"]) == ("spp", 4, 2.0, {})
+    names = {f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj.alpha", "mlp.down_proj.beta")}
+    assert names < file["adapter"].keys() and len(file["adapter"]) == 2 * 7 * 2
+
+
+def test_an_adapter_goes_with_its_checkpoint_through_every_layout(saved, tmp_path):
+    ckpt, write = saved
+    path = write()
+    for name, layout in (("hf", "hf"), ("meta", "meta")):
+        write_checkpoint(ckpt, tmp_path / name, layout=layout)
+        merged = merge_checkpoint(open_llama(tmp_path / name)[0], path)
+        assert all(w.equal(merged[name]) for name, w in merge_checkpoint(ckpt, path).items())
+
+
+ALPHA = "layers.1.mlp.up_proj.alpha"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"version": None}, "has no version, expected 1: its layout is another; make it again with this code"),
+        ({"version": 2}, "has version 2, expected 1"),
+        ({"version": True}, "has version True, expected 1"),
+        ({"method": None}, "is not an adapter file of train.py"),
+        ({"method": 3}, "its method is a int, expected a str"),
+        ({"method": "dora"}, "its method is 'dora', expected one of spp, lora, masked"),
+        ({"base": None}, "its base is a NoneType, expected a str"),
+        ({"base": "another"}, "was trained on checkpoint another, not on .*pruned.pt"),
+        ({"r": 4.0}, "its r is a float, expected a int"),
+        ({"r": 5}, "--rank 5: does not divide the 32 outputs of layers.0.self_attn.q_proj"),
+        ({"r": 0}, "its r is 0, its scale 2.0"),
+        ({"method": "lora", "r": -1}, "its r is -1, its scale 2.0"),
+        ({"method": "lora", "r": 2**62}, "its r is 4611686018427387904, its scale 2.0"),
+        ({"r": 8}, r"alpha is torch.float32 of shape \[4, 32\], expected floats of shape \[8, 32\]"),
+        ({"scale": 2}, "its scale is a int, expected a float"),
+        ({"scale": 0.0}, "its r is 4, its scale 0.0"),
+        ({"scale": math.inf}, "its r is 4, its scale inf"),
+        ({"scale": math.nan}, "its r is 4, its scale nan"),
+        ({"options": None}, "its options is a NoneType, expected a dict"),
+        ({"options": {"dropout": 0.05}}, "its option 'dropout' is 0.05, which SPP does not have"),
+        ({"options": {"zero_init": "both"}}, "its option 'zero_init' is 'both', which SPP does not have"),
+        ({"options": {"beta": True}}, "its option 'beta' is True, which SPP does not have"),
+        ({"options": {"beta": [1]}}, "its option 'beta' is .1., which SPP does not have"),
+        ({"options": {"beta": torch.zeros(2)}}, "its option 'beta' is .*, which SPP does not have"),
+        ({"adapter": {ALPHA: None}}, f"{ALPHA} is missing"),
+        ({"adapter": {"layers.9.mlp.up_proj.beta": torch.zeros(96)}}, "layers.9.mlp.up_proj.beta is of no linear of"),
+        ({"adapter": {"lm_head.alpha": torch.zeros(4, 32)}}, "lm_head.alpha is of no linear of .*pruned.pt"),
+        ({"adapter": {3: torch.zeros(1)}}, "3 is of no linear of .*pruned.pt"),
+        ({"adapter": {ALPHA: 1.0}}, f"{ALPHA} is no plain tensor, expected floats of shape"),
+        ({"adapter": {ALPHA: torch.zeros(4, 31)}}, rf"{ALPHA} is torch.float32 of shape \[4, 31\], expected floats"),
+        (
+            {"adapter": {ALPHA: torch.zeros(4, 32).int()}},
+            rf"{ALPHA} is torch.int32 of shape \[4, 32\], expected floats",
+        ),
+        ({"adapter": {ALPHA: torch.full((4, 32), math.nan)}}, f"{ALPHA} holds NaN or Inf"),
+        ({"adapter": {ALPHA: torch.full((4, 32), -math.inf)}}, f"{ALPHA} holds NaN or Inf"),
+        ({"adapter": {ALPHA: torch.zeros(4, 32).to_sparse()}}, f"{ALPHA} is no plain tensor"),
+        ({"adapter": {ALPHA: torch.zeros(4, 32, device="meta")}}, f"{ALPHA} is no plain tensor"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused_in_one_line(saved, changes, words):
+    ckpt, write = saved
+    path = write(**changes)
+    with pytest.raises(UserError, match=words) as e:
+        read_adapter(path, ckpt)
+    assert "\n" not in str(e.value) and (str(e.value).startswith(f"{path}: ") or "--rank" in words)
+
+
+def test_a_file_that_is_no_adapter_of_the_checkpoint_is_refused(saved, tmp_path):
+    ckpt, _ = saved
+    for i, content in enumerate(({"weights": 1}, [1], {"adapter": {}})):
+        torch.save(content, tmp_path / f"{i}.pt")
+        with pytest.raises(UserError, match=rf"{i}.pt: is not an adapter file of train.py"):
+            merge_checkpoint(ckpt, tmp_path / f"{i}.pt")
+    with pytest.raises(UserError, match="none.pt: cannot be read"):
+        merge_checkpoint(ckpt, tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_any_method_that_lacks_a_factor_is_refused(saved, method):
+    ckpt, write = saved
+    factor = (METHODS[method].factors or ("weight",))[0]
+    name = f"layers.0.self_attn.k_proj.{factor}"
+    assert len(merge_checkpoint(ckpt, write(method))) == len(ckpt)
+    with pytest.raises(UserError, match=f"adapter.pt: {name} is missing"):
+        merge_checkpoint(ckpt, write(method, adapter={name: None}))
+
+
+def test_dense_is_refused_for_what_is_sparse_anyway(saved):
+    ckpt, write = saved
+    with pytest.raises(UserError, match="--dense: means nothing to an adapter of --method spp"):
+        merge_checkpoint(ckpt, write(), masked=False)
+
+
+@pytest.mark.parametrize(
+    "method, masked, step",
+    [
+        ("spp", True, {"method": "spp", "r": 4, "scale": 1.5}),
+        ("masked", True, {"method": "masked"}),
+        ("lora", True, {"method": "lora*", "r": 4, "scale": 1.5}),
+        ("lora", False, {"method": "lora (dense)", "r": 4, "scale": 1.5}),
+    ],
+)
+def test_what_was_merged_is_added_to_the_history(pruned, tmp_path, method, masked, step):
+    pruned.history = [{"method": "wanda", "sparsity": "2:4"}]
+    save(pruned, tmp_path / "pruned.pt")
+    ckpt, _ = open_llama(tmp_path / "pruned.pt")
+    inject(pruned, method, r=4, scale=1.5)
+    base = ckpt.fingerprint()
+    write_adapter(tmp_path / "adapter.pt", adapter_state(pruned), base, method, 4, 1.5)
+    merged = merge_checkpoint(ckpt, tmp_path / "adapter.pt", masked)
+    assert merged.history == [*ckpt.history, {**step, "base": base}]
+    assert merge(pruned, masked).history == [*ckpt.history, step]
+
+
+def test_the_command_merges_and_says_what_it_wrote(saved, tmp_path, monkeypatch, capsys):
+    ckpt, write = saved
+    argv = ["--ckpt", ckpt.path, "--adapter", write(), "--out", tmp_path / "merged"]
+    monkeypatch.setattr("sys.argv", ["spp.py", *map(str, argv)])
+    cli(spp.main)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'merged'}\n"
+    merged = open_llama(tmp_path / "merged")[0]
+    assert all(w.equal(merged[name]) for name, w in merge_checkpoint(ckpt, tmp_path / "adapter.pt").items())
+    assert merged.history[-1]["method"] == "spp"
 
 
 def test_an_adapter_that_does_not_fit_the_model_is_refused(pruned):
@@ -423,7 +545,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused(pruned):
     with pytest.raises(UserError, match=r"does not fit the model at layers.0.self_attn.q_proj.alpha"):
         load_adapter(pruned, state)
     del state["layers.1.mlp.up_proj.beta"]
-    with pytest.raises(UserError, match=r"does not fit the model at layers.1.mlp.up_proj.beta \(1 such\)"):
+    with pytest.raises(UserError, match=r"does not fit the model at layers.1.mlp.up_proj.beta \(15 such\)"):
         load_adapter(pruned, state)
 
 
@@ -432,7 +554,8 @@ def test_masked_weights_that_fill_a_zero_are_caught_when_they_are_merged(pruned,
     ckpt, write = saved
     name = "layers.0.mlp.up_proj.weight"
     sparse = pruned.model.layers[0].mlp.up_proj.weight.detach()
-    assert merge_checkpoint(ckpt, write({name: 2 * sparse}, "masked"))[f"model.{name}"].equal(2 * sparse)
-    merged = merge_checkpoint(ckpt, write({name: torch.ones_like(sparse)}, "masked"))
+    merged = merge_checkpoint(ckpt, write("masked", adapter={name: 2 * sparse}))
+    assert merged[f"model.{name}"].equal(2 * sparse)
+    merged = merge_checkpoint(ckpt, write("masked", adapter={name: torch.ones_like(sparse)}))
     with pytest.raises(AssertionError, match=f"model.{name}: a pruned weight came back"):
         merged[f"model.{name}"]

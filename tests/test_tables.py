@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import tables
-from model import UserError
+from data.checkpoint import UserError
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
@@ -49,7 +49,7 @@ def result(
     file = folder / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
-    about["add_bos"] = add_bos
+    about |= {"version": 1, "add_bos": add_bos}
     file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
     return file
 
@@ -74,6 +74,9 @@ def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
     (tmp_path / "not.json").write_text("{}")
     with pytest.raises(UserError, match="not.json: is not a results file"):
         tables.read([a, tmp_path / "not.json"])
+    (tmp_path / "old.json").write_text(a.read_text().replace('"version": 1, ', ""))
+    with pytest.raises(UserError, match="old.json: has no version, expected 1"):
+        tables.read([a, tmp_path / "old.json"])
     with pytest.raises(UserError, match="some results were scored with --add_bos"):
         tables.read([a, result(tmp_path, "b", 0.5, add_bos=False)])
     with pytest.raises(UserError, match="of different tasks"):
@@ -114,6 +117,12 @@ def test_what_save_keeps_is_read_as_the_files_it_was_made_of(two_seeds, tmp_path
     tables.main()
     assert capsys.readouterr().out == first
     assert tables.read([saved]) == tables.read(two_seeds)
+
+
+def test_a_run_that_held_nothing_out_has_no_curve(two_seeds):
+    log = two_seeds[2].parent / "spp" / "log.jsonl"
+    log.write_text(re.sub(r'"val_loss": [\d.]+', '"val_loss": null', log.read_text()))
+    assert [r["val_loss"] for r in tables.read(two_seeds) if "val_loss" in r][0] == []
 
 
 def test_results_stand_beside_the_papers(tmp_path):

@@ -1,15 +1,16 @@
-"""What train.py promises: the same run however it is dealt, killed, resumed or sharded."""
+"""What train.py promises: the same run however it is cut, killed, resumed or sharded."""
 
 import argparse
 import json
+import math
 import os
 import re
-import shlex
+import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import prune_by_magnitude
+from forks import ROOT, Job, free_port
 
 import train
-from model import PRESETS, Llama, LlamaConfig, UserError, cli, load, open_checkpoint, save
-from spp import inject
+from data.checkpoint import UserError, open_checkpoint
+from model import PRESETS, Llama, LlamaConfig, config_from_dict, load, open_llama, save
+from spp import adapter_state, inject, write_adapter
 
-ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "train.py"
 
 
 def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
@@ -36,7 +39,7 @@ def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
         np.save(folder / f"{split}.npy", np.concatenate([np.zeros(0), *examples]).astype(np.uint16))
         np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *lengths]))
         np.save(folder / f"{split}.prompt.npy", (lengths // 2).astype(np.int32))
-    (folder / "meta.json").write_text(json.dumps({"tokenizer_sha256": "none"}))
+    (folder / "meta.json").write_text(json.dumps({"version": 1, "tokenizer": "none"}))
     return folder
 
 
@@ -60,62 +63,76 @@ def world(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(150):
         batch = range(32 * step, 32 * (step + 1))
-        (model(*examples.batch(batch, False, "cpu")) / examples.lengths[batch].sum()).backward()
+        (model(*examples.batch(batch, "cpu")) / examples.lengths[batch].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     save(prune_by_magnitude(model, 1, 4), folder / "pruned.pt")
     return folder
 
 
-def command(world, out, *flags, processes=1):
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    line = [*python, str(ROOT / "train.py"), "--ckpt", world / "pruned.pt", "--data", world / "data", "--out_dir", out]
-    settings = {"--lr": 0.004, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160, "--device": "cpu"}
-    given = {flag for flag in flags if str(flag).startswith("--")}
-    settings |= {"--r": 4} if not {"masked", "dynamic"} & set(flags) else {}
-    line += [x for flag, value in settings.items() if flag not in given for x in (flag, value)]
-    return [str(x) for x in [*line, *flags]]
+def command(world, out, *flags):
+    """train.py with these flags, and with settings of the smallest size where the flags leave them open."""
+    settings = {"--ckpt": world / "pruned.pt", "--data": world / "data", "--out_dir": out, "--device": "cpu"}
+    settings |= {"--lr": 0.004, "--batch_size": 16, "--epochs": 2, "--max_tokens": 160}
+    settings |= {"--rank": 4} if not {"masked", "dynamic"} & set(flags) else {}
+    line = [x for flag, value in settings.items() if flag not in flags for x in (flag, value)]
+    return [str(x) for x in [TRAIN, *line, *flags]]
 
 
-def run(world, out, *flags, processes=1):
+def start(world, out, *flags, processes=1):
+    return Job(*command(world, out, *flags), processes=processes)
+
+
+def torchrun(line, *options):
+    """The command under torchrun itself, each process a Python of its own."""
+    line = [sys.executable, "-m", "torch.distributed.run", *options, *line]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = command(world, out, *flags, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finished(world, out, *flags, processes=1):
-    result = run(world, out, *flags, processes=processes)
-    assert result.returncode == 0, result.stderr
-    return torch.load(out / "adapter.pt")["adapter"], losses(out)
+    """The adapter and the log of a run that comes to its end."""
+    job = start(world, out, *flags, processes=processes)
+    assert set(job.wait(240)) == {0}, job.text
+    return adapter_of(out), log_of(out)
 
 
-def losses(out):
+def adapter_of(out):
+    return torch.load(out / "adapter.pt")["adapter"]
+
+
+def log_of(out):
     """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+    def refuse(word):
+        raise AssertionError(f"log.jsonl holds {word}, which is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory")} for line in lines]
 
 
-def refusal(world, out, *flags, processes=1):
-    """The one line of a refused command (torchrun adds a report of its own)."""
-    result = run(world, out, *flags, processes=processes)
-    assert result.returncode == (2 if processes == 1 else 1)
-    ours = [line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(ours) == 1, result.stderr
-    assert processes > 1 or result.stderr.strip() == ours[0]
-    return ours[0]
+def error(job):
+    """The line of a command that ended with an error; what it said before is not looked at."""
+    assert job.wait() == [2], job.text
+    *_, line = lines = job.text.splitlines()
+    assert line.startswith("train.py: error: ") and sum(": error: " in x for x in lines) == 1, job.text
+    return line
 
 
-def refused_here(world, out, monkeypatch, capsys, *flags):
-    """As `refusal`, in this process: for what is refused before a run begins."""
-    line = command(world, out, *flags)
-    monkeypatch.setattr(sys, "argv", line[line.index(str(ROOT / "train.py")) :])
-    with pytest.raises(SystemExit) as e:
-        cli(train.main)
-    text = capsys.readouterr().err
-    assert e.value.code == 2 and text.startswith("train.py: error: ") and text.count("\n") == 1, text
-    return text
+def refusal(world, out, *flags):
+    """The one line of a command that is refused before it does anything."""
+    job = start(world, out, *flags)
+    line = error(job)
+    assert job.text.strip() == line
+    return line
+
+
+def wait_for(path: Path, text: str, running) -> None:
+    """Returns when the text stands in the file; running() says whether there is somebody who may yet write it."""
+    end = time.monotonic() + 100
+    while not (path.exists() and text in path.read_text()):
+        assert running() and time.monotonic() < end, f"{text} did not come"
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +147,22 @@ def difference(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# dealing
+# micro-batches
 
 
-def test_every_example_is_dealt_once_in_micro_batches_that_fit():
+def test_every_example_is_in_one_micro_batch_and_all_of_them_fit():
     rng = np.random.default_rng(0)
     for world_size in (1, 2, 8):
         lengths = rng.integers(1, 512, 128)
-        dealt = train.deal(np.arange(128), lengths, 2048, world_size)
-        assert sorted(i for parts in dealt for part in parts for i in part) == list(range(128))
-        assert len({len(parts) for parts in dealt}) == 1, "FSDP needs the same number of micro-batches everywhere"
-        assert all(len(part) * lengths[part].max(initial=0) <= 2048 for parts in dealt for part in parts)
+        shares = train.split_batch(np.arange(128), lengths, 2048, world_size)
+        assert sorted(i for parts in shares for part in parts for i in part) == list(range(128))
+        assert len({len(parts) for parts in shares}) == 1, "FSDP needs the same number of micro-batches everywhere"
+        assert all(len(part) * lengths[part].max(initial=0) <= 2048 for parts in shares for part in parts)
 
 
 def test_processes_finish_together():
     lengths = np.random.default_rng(1).integers(20, 512, 128)
-    for rounds in zip(*train.deal(np.arange(128), lengths, 4096, 4), strict=True):
+    for rounds in zip(*train.split_batch(np.arange(128), lengths, 4096, 4), strict=True):
         work = [len(part) * lengths[part].max() for part in rounds]
         assert min(work) > 0.5 * max(work)
 
@@ -156,7 +173,7 @@ def test_sorting_by_length_leaves_less_than_8_percent_padding():
     for world_size in (1, 8):
         plan, padded = train.Plan(4096, 128, 1, 0), 0
         for step in range(plan.steps):
-            padded += train.padded_tokens(train.deal(plan[step], lengths, 4096, world_size), lengths)
+            padded += train.padded_tokens(train.split_batch(plan[step], lengths, 4096, world_size), lengths)
         assert 1 - lengths.sum() / padded < 0.08
 
 
@@ -170,12 +187,13 @@ def test_an_epoch_sees_every_example_once():
 
 def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
     examples = train.Examples(world / "data", "train")
-    tokens, targets = examples.batch([0, 1], False, "cpu")
+    tokens, targets = examples.batch([0, 1], "cpu")
     first = torch.from_numpy(examples.tokens[: examples.offsets[1]].astype(np.int64))
     assert tokens[0, : len(first) - 1].equal(first[:-1]) and targets[0, : len(first) - 1].equal(first[1:])
-    assert (targets != -100).sum() == examples.lengths[:2].sum()
-    _, masked = examples.batch([0, 1], True, "cpu")
-    assert (masked != -100).sum() == sum(examples.n_targets(i, True) for i in (0, 1))
+    assert (targets != -100).sum() == examples.lengths[:2].sum() == examples.n_targets[:2].sum()
+    answers = train.Examples(world / "data", "train", mask_prompt=True)
+    _, masked = answers.batch([0, 1], "cpu")
+    assert (masked != -100).sum() == answers.n_targets[:2].sum() < examples.n_targets[:2].sum()
     n = examples.prompt[0]  # the first target is the first token of the answer
     assert masked[0, n - 1] == first[n] and (masked[0, : n - 1] == -100).all()
 
@@ -183,9 +201,9 @@ def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
 def test_padding_does_not_change_the_loss(world):
     model, _ = load(world / "pruned.pt")
     examples = train.Examples(world / "data", "train")
-    together = model(*examples.batch([0, 1, 2], False, "cpu"))
-    apart = sum(model(*examples.batch([i], False, "cpu")) for i in (0, 1, 2))
-    tokens, targets = examples.batch([0], False, "cpu")
+    together = model(*examples.batch([0, 1, 2], "cpu"))
+    apart = sum(model(*examples.batch([i], "cpu")) for i in (0, 1, 2))
+    tokens, targets = examples.batch([0], "cpu")
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(model(tokens, targets), F.cross_entropy(model(tokens)[0], targets[0], reduction="sum"))
 
@@ -200,18 +218,16 @@ def test_learning_rate_rises_over_the_warmup_and_falls_to_zero():
 # one result, however it is run
 
 
-def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
-    """Loss as a mean over all targets, AdamW with the paper's settings: against one batch, one process, no dealing."""
-    adapter, log = finished(world, world / "onestep", "--epochs", 0.34, "--max_tokens", 64)
+def test_one_step_of_the_loop_equals_a_step_written_by_hand(world, tmp_path):
+    """Loss as a mean over all targets, AdamW with the paper's settings: against one batch, one process, no cut."""
+    adapter, log = finished(world, tmp_path / "run", "--epochs", 0.34, "--max_tokens", 64)
     examples = train.Examples(world / "data", "train")
     model, _ = load(world / "pruned.pt")
-    reference = train.build(
-        train.parse_args(["--preset", "test", "--r", "4", "--matmul", "repeat", "--dtype", "float32"]),
-        model.config,
-    )
+    args = train.make_parser().parse_args("--preset test --rank 4 --matmul repeat --dtype float32".split())
+    reference = train.build(args, model.config)
     train.materialise(reference, model.state_dict(), 0, "cpu")
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], 0.004, weight_decay=0.001)
-    tokens, targets = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), False, "cpu")
+    tokens, targets = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), "cpu")
     loss = F.cross_entropy(reference(tokens).transpose(1, 2), targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -226,14 +242,14 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world):
     "processes, flags",
     [
         (1, ("--max_tokens", 64)),
-        (1, ("--compile",)),
+        pytest.param(1, ("--compile",), marks=pytest.mark.stress),
         (1, ("--activation_checkpointing", "--matmul", "chunked")),
         (2, ()),
         (2, ("--fsdp",)),
         (4, ("--fsdp", "--activation_checkpointing", "--matmul", "repeat")),
     ],
 )
-def test_the_adapter_does_not_depend_on_how_the_work_is_dealt(world, alone, tmp_path, processes, flags):
+def test_the_adapter_does_not_depend_on_how_the_work_is_cut(world, alone, tmp_path, processes, flags):
     adapter, log = finished(world, tmp_path / "run", *flags, processes=processes)
     assert difference(adapter, alone[0]) < 1e-5
     for mine, theirs in zip(log, alone[1], strict=True):
@@ -242,48 +258,44 @@ def test_the_adapter_does_not_depend_on_how_the_work_is_dealt(world, alone, tmp_
 
 def test_a_process_of_fsdp_reads_and_holds_only_its_rows(tmp_path):
     """Peak resident memory of each of 4 processes grows by less than 40% of the weights' bytes."""
-    model = Llama(LlamaConfig(1000, 1024, 2816, n_layers=4, n_heads=8))
+    model = Llama(LlamaConfig(1000, 1024, 2816, num_hidden_layers=4, num_attention_heads=8))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     save(model, tmp_path / "model.pt")
     del model
-    script = tmp_path / "shard.py"
-    script.write_text(
+    (tmp_path / "shard.py").write_text(
         f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import re, torch, torch.distributed as dist, train
-from model import open_checkpoint
+import sys, torch.distributed as dist, train
+from model import open_llama
 from torch.distributed.device_mesh import init_device_mesh
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (4,))
-args = train.parse_args("--preset test --r 4 --dtype float32".split())
-ckpt = open_checkpoint({str(tmp_path / "model.pt")!r})
-model = train.build(args, ckpt.config)
-before = peak()
+args = train.make_parser().parse_args("--preset test --rank 4 --dtype float32".split())
+ckpt, config = open_llama({str(tmp_path / "model.pt")!r})
+model = train.build(args, config)
+before = train.peak_memory("cpu")
 train.materialise(model, ckpt, 0, "cpu", mesh)
 own = sum(p.to_local().numel() for p in model.parameters())
 assert own < 0.3 * sum(p.numel() for p in model.parameters())
-sys.stdout.write(f"{{(peak() - before) / {size}}}\\n")  # in one piece: four processes share it
+sys.stdout.write(f"{{(train.peak_memory('cpu') - before) / {size}}}\\n")  # in one piece: four processes share it
 """
     )
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    shares = [float(x) for x in result.stdout.split()]
-    assert len(shares) == 4 and 0.2 < max(shares) < 0.4, (shares, result.stderr)
+    job = Job(tmp_path / "shard.py", processes=4)
+    assert set(job.wait()) == {0}, job.text
+    shares = [float(line) for line in job.text.splitlines() if re.fullmatch(r"0\.\d+", line)]
+    assert len(shares) == 4 and 0.2 < max(shares) < 0.4, job.text
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--method", "lora", "--r", 8),
+        ("--method", "lora", "--rank", 8),
         ("--method", "masked", "--lr", 0.003),
-        ("--method", "masked_lora", "--r", 8),
+        ("--method", "masked_lora", "--rank", 8),
         ("--method", "dynamic", "--sparsity", "1:4", "--mask_interval", 2, "--lr", 0.003),
         ("--no_beta",),
         ("--zero_init", "alpha"),
         ("--zero_init", "none"),
         ("--no_residual",),
-        ("--r", 16),
+        ("--rank", 16),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -300,170 +312,28 @@ def test_every_method_and_ablation_trains_and_merges_sparse(world, tmp_path, fla
             assert "dynamic" in flags or not merged[name][pruned[name] == 0].any()
 
 
+@pytest.mark.stress
 def test_two_nodes_give_the_result_of_one(world, alone, tmp_path):
     """Two torchrun on this machine that meet at a loopback address, one process each."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    line = command(world, tmp_path / "run", processes=2)
-    at = line.index("--standalone")
-    nodes = []
-    for rank in (0, 1):
-        meet = ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        here = [*line[:at], *meet, "--nproc_per_node=1", *line[at + 2 :]]
-        nodes.append(subprocess.Popen(here, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL))
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
-    assert difference(torch.load(tmp_path / "run" / "adapter.pt")["adapter"], alone[0]) < 1e-5
+    line = command(world, tmp_path / "run")
+    meet = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
+    nodes = [torchrun(line, *meet, f"--node_rank={rank}") for rank in (0, 1)]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert difference(adapter_of(tmp_path / "run"), alone[0]) < 1e-5
 
 
 def test_writing_an_adapter_leaves_the_model_as_it_was(world, tmp_path):
-    ckpt = open_checkpoint(world / "pruned.pt")
-    args = train.parse_args(["--ckpt", "x", "--method", "dynamic", "--sparsity", "1:4", "--dtype", "float32"])
-    model = train.build(args, ckpt.config)
-    train.materialise(model, Llama(ckpt.config).state_dict(), 0, "cpu")  # dense
+    ckpt, config = open_llama(world / "pruned.pt")
+    line = "--ckpt x --method dynamic --sparsity 1:4 --dtype float32"
+    model = train.build(train.make_parser().parse_args(line.split()), config)
+    train.materialise(model, Llama(config).state_dict(), 0, "cpu")  # dense
     train.update_masks(model, (1, 4))
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    train.write_adapter(tmp_path / "adapter.pt", train.learned(model), args, ckpt.fingerprint())
+    write_adapter(tmp_path / "adapter.pt", adapter_state(model), ckpt.fingerprint(), "dynamic", 0, 1.0)
     assert all(w.equal(before[name]) for name, w in model.state_dict().items())
-    layer = torch.load(tmp_path / "adapter.pt")["adapter"]["layers.0.mlp.up_proj.weight"]
+    layer = adapter_of(tmp_path)["layers.0.mlp.up_proj.weight"]
     assert (layer == 0).float().mean() == 0.75
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# killed and resumed
-
-
-def wait_for(path: Path, line: str, process):
-    """Returns when the line stands in the file; looks again each time that `process` has not ended for a moment."""
-    for _ in range(3000):
-        if path.exists() and line in path.read_text():
-            return
-        try:
-            process.wait(timeout=0.02)
-            break
-        except subprocess.TimeoutExpired:
-            pass
-    raise AssertionError(f"{line} did not come")
-
-
-def start(world, out, *flags, processes=1):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = command(world, out, *flags, processes=processes)
-    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-LONG = ("--epochs", 10, "--lr", 0.02, "--save_interval", 3, "--eval_interval", 4)
-
-
-@pytest.fixture(scope="module")
-def long(world):
-    return finished(world, world / "long", *LONG)
-
-
-def test_training_lowers_the_validation_loss_and_keeps_what_it_must(world, long):
-    _, log = long
-    val = [line["val_loss"] for line in log if "val_loss" in line]
-    assert val[-1] < val[0] - 0.1
-    before, after = (load(path)[0].state_dict() for path in (world / "pruned.pt", world / "long" / "merged.pt"))
-    for name, w in before.items():
-        if name.endswith("proj.weight"):
-            assert (after[name][w == 0] == 0).all() and not after[name].equal(w)
-            assert ((after[name].view(-1, 4) != 0).sum(1) <= 1).all()
-        else:
-            assert after[name].equal(w), name
-
-
-@pytest.mark.parametrize("step", (4, 11, 23))
-def test_a_killed_run_resumes_bit_for_bit(world, long, tmp_path, step):
-    process = start(world, tmp_path / "run", *LONG)
-    wait_for(tmp_path / "run" / "log.jsonl", f'"step": {step},', process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
-    assert difference(adapter, long[0]) == 0
-    assert log == long[1]
-
-
-def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
-    process = start(world, tmp_path / "run", *LONG, "--save_interval", 1000)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 5,', process)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume" in process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM
-    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
-    assert difference(adapter, long[0]) == 0 and log == long[1]
-
-
-def test_a_second_signal_leaves_at_once():
-    code = "import os, signal, train; caught = train.catch_signals(); os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "print(caught, flush=True); os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert (result.stdout, result.returncode) == ("[2]\n", -signal.SIGTERM)
-
-
-def test_out_of_memory_says_which_flags_help(tmp_path):
-    """6 GiB of address space are too few for an MLP of width 16,384 at 40,000 tokens."""
-    save(Llama(LlamaConfig(256, 64, 16384, n_layers=1, n_heads=2)), tmp_path / "pruned.pt")
-    write_long_data(tmp_path / "data", 20, 2001)
-    line = command(tmp_path, tmp_path / "run", "--batch_size", 20, "--max_tokens", 40000)
-    limit = f"ulimit -v {6 * 2**20}; exec " + shlex.join(line)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(["sh", "-c", limit], capture_output=True, text=True, timeout=120, env=env)
-    assert result.returncode == 2 and "out of memory" in result.stderr and "--max_tokens" in result.stderr
-
-
-def test_a_run_resumes_on_another_number_of_processes(world, long, tmp_path):
-    process = start(world, tmp_path / "run", *LONG)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 7,', process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume", "--fsdp", processes=2)
-    assert difference(adapter, long[0]) < 1e-4
-    assert [line["step"] for line in log] == [line["step"] for line in long[1]]
-
-
-def test_a_truncated_state_is_passed_over_with_a_warning(world, long, tmp_path):
-    process = start(world, tmp_path / "run", *LONG)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 12,', process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    newest = max((tmp_path / "run").glob("step-*.pt"))
-    newest.write_bytes(newest.read_bytes()[:-100])
-    result = run(world, tmp_path / "run", *LONG, "--resume")
-    assert result.returncode == 0 and f"{newest.name} is truncated" in result.stdout + result.stderr
-    assert difference(torch.load(tmp_path / "run" / "adapter.pt")["adapter"], long[0]) == 0
-
-
-def test_when_one_process_is_killed_the_others_leave(world, tmp_path):
-    process = start(world, tmp_path / "run", "--epochs", 1000, processes=2)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --dry_run
-
-
-def test_dry_runs_memory_is_within_10_percent_of_the_measured(tmp_path):
-    """Resident memory, without Python and PyTorch's own. malloc is told to give back what is freed: by itself it keeps
-    up to half as much again for later."""
-    save(Llama(LlamaConfig(8000, 1024, 2816, n_layers=4, n_heads=8)), tmp_path / "pruned.pt")
-    write_long_data(tmp_path / "data", 6, 513)
-    flags = ("--batch_size", 6, "--max_tokens", 3072, "--epochs", 1)
-    text = run(tmp_path, tmp_path / "run", *flags, "--dry_run").stdout
-    estimate = float(re.search(r"together +([\d.]+) GiB", text)[1])
-    code = "import torch, train; (torch.ones(999, 999) @ torch.ones(999, 999)); print(train.peak_memory('cpu'))"
-    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    line = command(tmp_path, tmp_path / "run", *flags)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    assert subprocess.run(line, capture_output=True, env=env, timeout=240).returncode == 0
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    peak = max(json.loads(line).get("peak_memory", 0) for line in lines)
-    assert (peak - int(alone.stdout)) / 2**30 == pytest.approx(estimate, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -486,15 +356,267 @@ def test_trainable_parameters_are_those_of_table_1(preset, count, per_mille):
     assert f"{learn:,}" == count and round(1000 * learn / total, 2) == per_mille
 
 
-def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
-    line = [sys.executable, str(ROOT / "train.py"), "--preset", "llama-2-70b", "--fsdp", "--activation_checkpointing"]
-    line += ["--dtype", "bfloat16", "--dry_run", "8", "--data", str(tmp_path), "--out_dir", str(tmp_path / "run")]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "106,332,160 (0.154%" in result.stdout
-    frozen = float(re.search(r"frozen weights +([\d.]+) GiB", result.stdout)[1])
-    assert frozen == pytest.approx(68.98e9 * 2 / 8 / 2**30, rel=0.01)
-    assert not (tmp_path / "run").exists()
+# ----------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+LONG = ("--epochs", 10, "--lr", 0.02, "--save_interval", 3, "--eval_interval", 4)
+
+
+@pytest.fixture(scope="module")
+def long(world):
+    """The adapter and the log of 30 steps; states of the steps 27 and 30 are left."""
+    return finished(world, world / "long", *LONG)
+
+
+def killed(world, out, step, *flags):
+    """Leaves the folder of a run that got SIGKILL just after this step."""
+    job = start(world, out, *LONG, *flags)
+    wait_for(out / "log.jsonl", f'"step": {step},', job.running)
+    job.kill()
+    assert job.wait() == [-signal.SIGKILL]
+
+
+def test_training_lowers_the_validation_loss_and_keeps_what_it_must(world, long):
+    _, log = long
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert val[-1] < val[0] - 0.1
+    before, after = (load(path)[0].state_dict() for path in (world / "pruned.pt", world / "long" / "merged.pt"))
+    for name, w in before.items():
+        if name.endswith("proj.weight"):
+            assert (after[name][w == 0] == 0).all() and not after[name].equal(w)
+            assert ((after[name].view(-1, 4) != 0).sum(1) <= 1).all()
+        else:
+            assert after[name].equal(w), name
+
+
+@pytest.mark.parametrize("step", (4, 11, 18))
+def test_a_killed_run_resumes_bit_for_bit(world, long, tmp_path, step):
+    killed(world, tmp_path / "run", step)
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0
+    assert log == long[1]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_is_killed_twenty_times_resumes_bit_for_bit(world, long, tmp_path, seed):
+    """At any moment: while it reads, steps, validates, writes a state or merges, and after its end."""
+    rng = np.random.default_rng(seed)
+    flags = (*LONG, "--save_interval", 1, "--resume")
+    for _ in range(20):
+        job = start(world, tmp_path / "run", *flags)
+        deadline = time.monotonic() + rng.uniform(0, 0.8)
+        while job.running() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        job.kill()
+        assert job.wait()[0] in (0, -signal.SIGKILL), job.text
+    adapter, log = finished(world, tmp_path / "run", *flags)
+    assert difference(adapter, long[0]) == 0
+    assert log == long[1]
+    assert [step for step, _ in train.saved_states(tmp_path / "run")] == [30, 29]
+
+
+@pytest.mark.parametrize("before", ("no folder", "an empty folder", "a run killed before its first state"))
+def test_resuming_where_nothing_was_saved_starts_from_the_beginning(world, long, tmp_path, before):
+    out = tmp_path / "run"
+    if before == "an empty folder":
+        out.mkdir()
+    if before == "a run killed before its first state":
+        killed(world, out, 5, "--save_interval", 1000)
+        assert (out / "adapter.pt").exists() and not list(out.glob("step-*"))
+    adapter, log = finished(world, out, *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0
+    assert log == long[1]
+
+
+def test_a_command_that_torchrun_starts_again_goes_on_without_resume(world, long, tmp_path):
+    killed(world, tmp_path / "run", 11)
+    job = Job(*command(world, tmp_path / "run", *LONG), env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert job.wait() == [0] and "resuming after step" in job.text, job.text
+    assert difference(adapter_of(tmp_path / "run"), long[0]) == 0 and log_of(tmp_path / "run") == long[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
+    """A Python of its own, as a user starts it, and no fork."""
+    line = [sys.executable, *command(world, tmp_path / "run", *LONG, "--save_interval", 1000)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 5,', lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    [(step, _)] = train.saved_states(tmp_path / "run")
+    assert step == log_of(tmp_path / "run")[-1]["step"] < 30
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0 and log == long[1]
+
+
+def test_sigterm_to_torchrun_saves_the_step_at_which_it_stopped(world, tmp_path):
+    """torchrun passes the signal on; no process may leave, and take the others with it, before the state is on disk."""
+    uninterrupted = finished(world, tmp_path / "uninterrupted", *LONG, processes=2)
+    out = tmp_path / "run"
+    line = command(world, out, *LONG, "--save_interval", 1000)
+    process = torchrun(line, "--standalone", "--nproc_per_node=2")
+    wait_for(out / "log.jsonl", '"step": 5,', lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and said.count("the same command with --resume goes on from there") == 1
+    [(step, _)] = train.saved_states(out)
+    assert step == log_of(out)[-1]["step"] < 30
+    adapter, log = finished(world, out, *LONG, "--resume", processes=2)
+    assert difference(adapter, uninterrupted[0]) == 0 and log == uninterrupted[1]
+
+
+def test_a_second_signal_leaves_at_once_unless_it_is_the_first_one_again(tmp_path):
+    (tmp_path / "signals.py").write_text(
+        """
+import signal, time, train
+caught = train.catch_signals()
+signal.raise_signal(signal.SIGINT)
+signal.raise_signal(signal.SIGTERM)  # within a second
+print(caught[0], flush=True)
+time.sleep(1.1)
+signal.raise_signal(signal.SIGTERM)
+print("here still")
+"""
+    )
+    job = Job(tmp_path / "signals.py")
+    assert job.wait() == [-signal.SIGTERM] and job.text == "2\n"
+
+
+def test_out_of_memory_says_which_flags_help(tmp_path):
+    """6 GiB of address space are too few for an MLP of width 16,384 at 40,000 tokens."""
+    config = LlamaConfig(256, 64, 16384, num_hidden_layers=1, num_attention_heads=2)
+    save(Llama(config), tmp_path / "pruned.pt")
+    write_long_data(tmp_path / "data", 20, 2001)
+    job = start(tmp_path, tmp_path / "run", "--batch_size", 20, "--max_tokens", 40000)
+    resource.prlimit(job.processes[0].pid, resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+    assert "out of memory" in error(job) and "--max_tokens" in error(job)
+
+
+def test_a_run_resumes_on_another_number_of_processes(world, long, tmp_path):
+    killed(world, tmp_path / "run", 7)
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume", "--fsdp", processes=2)
+    assert difference(adapter, long[0]) < 1e-4
+    assert [line["step"] for line in log] == [line["step"] for line in long[1]]
+
+
+@pytest.mark.stress
+def test_when_one_process_is_killed_the_others_leave(world, tmp_path):
+    line = command(world, tmp_path / "run", "--epochs", 1000)
+    process = torchrun(line, "--standalone", "--nproc_per_node=2")
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', lambda: process.poll() is None)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_run_resumes_in_a_folder_that_was_moved(world, long, tmp_path):
+    shutil.copytree(world / "long", tmp_path / "moved")
+    job = start(world, tmp_path / "moved", *LONG, "--resume")
+    assert job.wait() == [0] and "resuming after step 30 of 30" in job.text
+    assert difference(adapter_of(tmp_path / "moved"), long[0]) == 0 and log_of(tmp_path / "moved") == long[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# states, whole and not
+
+
+ALPHA = "model.layers.1.mlp.down_proj.alpha"
+
+
+def test_a_truncated_state_is_passed_over_with_a_warning(world, long, tmp_path):
+    shutil.copytree(world / "long", tmp_path / "run")
+    newest = tmp_path / "run" / "step-000030.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    job = start(world, tmp_path / "run", *LONG, "--resume")
+    assert job.wait() == [0] and f"{newest.name} is truncated" in job.text and "resuming after step 27" in job.text
+    assert difference(adapter_of(tmp_path / "run"), long[0]) == 0 and log_of(tmp_path / "run") == long[1]
+
+
+def test_a_state_with_a_flipped_bit_is_passed_over_with_a_warning(world, long, tmp_path):
+    shutil.copytree(world / "long", tmp_path / "run")
+    newest = tmp_path / "run" / "step-000030.pt"
+    data = bytearray(newest.read_bytes())
+    data[data.index(torch.load(newest)["model"][ALPHA].numpy().tobytes())] ^= 1
+    newest.write_bytes(data)
+    job = start(world, tmp_path / "run", *LONG, "--resume")
+    assert job.wait() == [0] and f"{newest.name} is truncated or damaged" in job.text
+    assert difference(adapter_of(tmp_path / "run"), long[0]) == 0 and log_of(tmp_path / "run") == long[1]
+
+
+def test_the_step_of_a_state_is_a_number_and_other_names_are_no_states(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-000012", "step-final", "step-", "step-7.old", "my-step-9"):
+        (tmp_path / f"{name}.pt").write_bytes(b"nonsense")
+    assert [step for step, _ in train.saved_states(tmp_path)] == [1000000, 999999, 12]
+    train.write_state(tmp_path, "run", 1000001, 1.0, {}, {}, Llama(PRESETS["test"]))
+    assert [step for step, _ in train.saved_states(tmp_path)] == [1000001, 1000000]
+    assert (tmp_path / "step-final.pt").exists() and (tmp_path / "my-step-9.pt").exists()
+
+
+def test_resuming_looks_at_no_name_that_is_no_step_number(world, long, tmp_path):
+    shutil.copytree(world / "long", tmp_path / "run")
+    (tmp_path / "run" / "step-final.pt").write_bytes(b"nonsense")
+    job = start(world, tmp_path / "run", *LONG, "--resume")
+    assert job.wait() == [0] and "step-final" not in job.text and "resuming after step 30" in job.text
+
+
+def test_a_state_of_another_run_is_refused(world, long, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(world / "long" / "step-000030.pt", tmp_path / "run")
+    line = refusal(world, tmp_path / "run", *LONG, "--resume", "--seed", 1)
+    assert "step-000030.pt is not a state of this run; remove it" in line
+
+
+def without(*keys):
+    """An edit of a state: leaves out what these keys lead to, one inside of the other."""
+
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return edit
+
+
+def shortened(state):
+    state["optimizer"]["state"][ALPHA]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        without("model", ALPHA),
+        without("optimizer", "state", ALPHA),
+        without("optimizer", "state", ALPHA, "exp_avg"),
+        without("optimizer", "state", ALPHA, "exp_avg_sq"),
+        without("optimizer", "state", ALPHA, "step"),
+        without("optimizer", "param_groups"),
+        lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
+        without("optimizer"),
+        without("model"),
+        without("best"),
+        without("run"),
+        without("step"),
+        shortened,
+        lambda state: state["model"].update({ALPHA: torch.zeros(3)}),
+        lambda state: state["model"].update({ALPHA: None}),
+        lambda state: state["model"].update(other=torch.zeros(3)),
+        without("version"),
+        lambda state: state.update(version=2),
+        lambda state: state.update(step=31),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused(world, long, tmp_path, edit):
+    """Every checksum is right, but a tensor or one of AdamW's moments is not there, or of another shape."""
+    shutil.copytree(world / "long", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "step-000030.pt")
+    edit(state)
+    torch.save(state, tmp_path / "run" / "step-000030.pt")
+    assert "step-000030.pt" in refusal(world, tmp_path / "run", *LONG, "--resume")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,8 +626,6 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--dry_run", 0), "--dry_run: expected at least 1, found 0"),
-        (("--dry_run", 1000), "fewer examples than the 1000 processes"),
         (("--lr", "inf"), "--lr: expected a finite number, found inf"),
         (("--lr", "fast"), "--lr: invalid float value: 'fast'"),
         (("--lr", -1), "--lr: expected more than 0"),
@@ -517,138 +637,202 @@ def test_dry_run_of_70b_on_8_processes_needs_no_weights(tmp_path, world):
         (("--warmup", 1.5), "--warmup: expected at least 0 and at most 1"),
         (("--sparsity", "2:4"), "--sparsity: means nothing to --method spp"),
         (("--method", "lora", "--no_beta"), "--no_beta: means nothing to --method lora"),
-        (("--method", "masked", "--r", 8), "--r: means nothing to --method masked"),
+        (("--method", "masked", "--rank", 8), "--rank: means nothing to --method masked"),
         (("--method", "dynamic"), "needs --sparsity"),
         (("--method", "dynamic", "--sparsity", "4:2"), "--sparsity 4:2: expected"),
-        (("--method", "full", "--fsdp"), "--fsdp: .* --method full needs them whole"),
+        (("--method", "full", "--fsdp"), "--fsdp: does not go with --method full"),
         (("--tokenizer", "x"), "goes with --preset"),
-        (("--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
-        (("--data", "nowhere"), "--data nowhere: train split cannot be read"),
-        (("--r", 5), "--r 5: does not divide"),
+        (("--ckpt", "nowhere.pt"), "nowhere.pt: cannot be read: No such file"),
+        (("--data", "nowhere"), "--data nowhere: has no train.npy; run data/alpaca/prepare.py"),
+        (("--rank", 5), "--rank 5: does not divide"),
+        (("--rank", 0), "--rank: expected at least 1"),
+        (("--r", 4), "unrecognized arguments: --r 4"),
         (("--max_tokens", 20), "--max_tokens 20: the longest example"),
-        (("--resume",), "holds no run"),
         (("--preset", "test"), "--preset: not allowed with argument --ckpt"),
         (("--zero_init", "both"), "--zero_init: invalid choice: 'both'"),
         (("--out_dir", "/proc/run"), "--out_dir /proc/run/merged.pt: cannot be written"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, flags, words):
-    line = refused_here(world, tmp_path / "run", monkeypatch, capsys, *flags)
+def test_a_wrong_flag_is_one_line_and_writes_nothing(world, tmp_path, flags, words):
+    line = refusal(world, tmp_path / "run", *flags)
     assert re.search(words, line), line
     assert not (tmp_path / "run").exists()
 
 
-def test_random_weights_are_pretrained_alone_and_only_whole(world, monkeypatch, capsys):
-    line = ["train.py", "--preset", "test", "--data", str(world / "data"), "--method", "spp"]
-    monkeypatch.setattr(sys, "argv", line)
-    with pytest.raises(SystemExit):
-        cli(train.main)
-    assert "--preset: random weights have no mask" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", line[:1])
-    with pytest.raises(SystemExit):
-        cli(train.main)
-    assert "one of the arguments --ckpt --preset is required" in capsys.readouterr().err
+def test_random_weights_are_pretrained_alone_and_only_whole(world):
+    assert "--preset: random weights have no mask" in error(Job(TRAIN, "--preset", "test", "--data", world / "data"))
+    assert "one of the arguments --ckpt --preset is required" in error(Job(TRAIN, "--data", world / "data"))
 
 
-def test_the_data_folder_is_no_place_for_a_run(world, monkeypatch, capsys):
+def test_the_data_folder_is_no_place_for_a_run(world):
     before = sorted((world / "data").iterdir())
-    assert "name a folder of its own" in refused_here(world, world / "data", monkeypatch, capsys)
+    assert "name a folder of its own" in refusal(world, world / "data")
     assert sorted((world / "data").iterdir()) == before
 
 
 def test_pretraining_on_two_processes_leaves_a_model_without_a_tokenizer(world, tmp_path):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    line += ["--preset", "test", "--method", "full", "--data", world / "data", "--out_dir", tmp_path / "run"]
-    line += "--epochs 0.3 --batch_size 16 --device cpu".split()
-    result = subprocess.run([str(x) for x in line], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    line = ["--preset", "test", "--method", "full", "--data", world / "data", "--out_dir", tmp_path / "run"]
+    job = Job(TRAIN, *line, *"--epochs 0.3 --batch_size 16 --device cpu".split(), processes=2)
+    assert job.wait() == [0, 0], job.text
     model, tokenizer = load(tmp_path / "run" / "merged.pt")
     assert tokenizer is None and model.history[-1]["method"] == "full"
-    assert not (tmp_path / "run" / "adapter.pt").exists() and "adapter.pt" not in result.stdout
+    assert not (tmp_path / "run" / "adapter.pt").exists() and "adapter.pt" not in job.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_asked_for_where_there_is_none_is_refused(world, tmp_path, monkeypatch, capsys):
-    assert "--device cuda" in refused_here(world, tmp_path / "run", monkeypatch, capsys, "--device", "cuda")
+def test_a_gpu_asked_for_where_there_is_none_is_refused(world, tmp_path):
+    assert "--device cuda" in refusal(world, tmp_path / "run", "--device", "cuda")
 
 
 def test_more_processes_than_examples_of_a_batch_are_refused(world, tmp_path):
-    assert "--batch_size 1" in refusal(world, tmp_path / "run", "--batch_size", 1, processes=2)
+    one_of_two = {"WORLD_SIZE": "2", "RANK": "0"}
+    job = Job(*command(world, tmp_path / "run", "--batch_size", 1), env=one_of_two)
+    assert job.wait() == [2]
+    assert job.text == "train.py (rank 0): error: --batch_size 1: fewer examples than the 2 processes\n"
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(world, alone, monkeypatch, capsys):
-    assert "holds config.json" in refused_here(world, world / "alone", monkeypatch, capsys)
+def test_a_second_run_in_the_same_folder_is_refused(world, alone):
+    assert "holds config.json" in refusal(world, world / "alone")
 
 
 def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):
-    process = start(world, tmp_path / "run", "--epochs", 1000, "--save_interval", 1)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', process)
-    line = refusal(world, tmp_path / "run", "--epochs", 1000, "--save_interval", 1, "--resume")
-    process.kill()
-    process.wait()
-    assert "a run is at work in it" in line
+    flags = ("--epochs", 1000, "--save_interval", 1, "--resume")
+    job = start(world, tmp_path / "run", *flags)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3,', job.running)
+    line = refusal(world, tmp_path / "run", *flags)
+    assert job.running()
+    job.kill()
+    assert "another run is at work in it" in line
 
 
-def test_resuming_another_run_is_refused(world, alone, tmp_path, monkeypatch, capsys):
-    line = refused_here(world, world / "alone", monkeypatch, capsys, "--resume", "--lr", 0.5)
+def test_resuming_another_run_is_refused(world, alone, tmp_path):
+    line = refusal(world, world / "alone", "--resume", "--lr", 0.5)
     assert "was run with --lr 0.004, not 0.5" in line
     write_data(tmp_path / "other", seed=1)
-    line = refused_here(world, world / "alone", monkeypatch, capsys, "--resume", "--data", tmp_path / "other")
+    line = refusal(world, world / "alone", "--resume", "--data", tmp_path / "other")
     assert "another data" in line
+
+
+def read_data(data, vocab_size=256):
+    args = argparse.Namespace(data=data, tokenizer=None, max_tokens=160, batch_size=16, mask_prompt=False)
+    return train.read_data(args, LlamaConfig(vocab_size), None, 1)
 
 
 def test_damaged_data_is_refused(tmp_path):
     data = write_data(tmp_path / "data")
-    args = argparse.Namespace(data=data, tokenizer=None, max_tokens=160, batch_size=16)
+    n_tokens = len(np.load(data / "train.npy"))
     with pytest.raises(UserError, match="token id"):
-        train.read_data(args, LlamaConfig(vocab_size=60), None, 1)
+        read_data(data, vocab_size=60)
+    np.save(data / "train.prompt.npy", np.full(48, 42, np.int32))
+    with pytest.raises(UserError, match="a prompt longer than its example"):
+        train.Examples(data, "train")
+    np.save(data / "train.prompt.npy", np.zeros(48))
+    with pytest.raises(UserError, match="holds float64 of shape"):
+        train.Examples(data, "train")
+    np.save(data / "train.prompt.npy", np.zeros(48, np.int32))
     np.save(data / "train.offsets.npy", np.array([0, 5]))
     with pytest.raises(UserError, match="do not fit"):
         train.Examples(data, "train")
-    np.save(data / "train.offsets.npy", np.arange(len(np.load(data / "train.npy")) + 1))
-    np.save(data / "train.prompt.npy", np.zeros(len(np.load(data / "train.npy")), np.int32))
+    np.save(data / "train.offsets.npy", np.arange(n_tokens + 1))
+    np.save(data / "train.prompt.npy", np.zeros(n_tokens, np.int32))
     with pytest.raises(UserError, match="example 0 of train has fewer than 2 tokens"):
         train.Examples(data, "train")
     (data / "val.npy").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="val split"):
+    with pytest.raises(UserError, match="val.npy: is not a .npy file"):
         train.Examples(data, "val")
 
 
 def test_data_without_an_example_is_refused(tmp_path):
     data = write_data(tmp_path / "data", sizes=(0, 0))
-    args = argparse.Namespace(data=data, tokenizer=None, max_tokens=160, batch_size=16)
     with pytest.raises(UserError, match="holds no training example"):
-        train.read_data(args, LlamaConfig(), None, 1)
+        read_data(data)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
-    assert "the loss became" in refusal(world, tmp_path / "run", "--lr", 1e30, "--grad_clip", 0)
-
-
-def test_a_run_resumes_in_a_folder_that_was_moved(world, alone, tmp_path):
-    shutil.copytree(world / "alone", tmp_path / "moved")
-    result = run(world, tmp_path / "moved", "--resume")
-    assert result.returncode == 0 and "resuming after step" in result.stdout
-
-
-def test_resuming_a_run_without_a_whole_state_is_refused(world, tmp_path, monkeypatch, capsys):
-    flags = ("--epochs", 1000)
-    process = start(world, tmp_path / "run", *flags)
-    wait_for(tmp_path / "run" / "log.jsonl", '"step": 1,', process)
-    process.kill()
-    process.wait()
-    assert "holds no whole step-*.pt" in refused_here(world, tmp_path / "run", monkeypatch, capsys, *flags, "--resume")
-
-
-def test_data_of_another_tokenizer_is_refused(world, tokenizer, tmp_path, monkeypatch, capsys):
+def test_data_of_another_tokenizer_is_refused(world, tokenizer, tmp_path):
     model, _ = load(world / "pruned.pt")
     save(model, tmp_path / "with.pt", tokenizer)
-    line = refused_here(world, tmp_path / "run", monkeypatch, capsys, "--ckpt", tmp_path / "with.pt")
-    assert "was prepared with another tokenizer" in line
+    assert "was prepared with another tokenizer" in refusal(world, tmp_path / "run", "--ckpt", tmp_path / "with.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_masked_prompts_that_leave_nothing_to_learn_are_refused(world, tmp_path):
+    data = write_data(tmp_path / "data")
+    np.save(data / "train.prompt.npy", np.diff(np.load(data / "train.offsets.npy")))  # every example is all prompt
+    line = refusal(world, tmp_path / "run", "--data", data, "--mask_prompt")
+    assert "no example has a token to learn: --mask_prompt" in line
+    assert not (tmp_path / "run").exists()
+    read_data(data)  # as a text it can be learned
 
 
 def test_config_of_a_run_holds_what_it_takes_to_repeat_it(world, alone):
     about = json.loads((world / "alone" / "config.json").read_text())
-    assert about["settings"]["lr"] == 0.004 and about["settings"]["seed"] == 0
-    assert about["versions"]["torch"] == torch.__version__ and about["data"] and about["base"]
-    assert LlamaConfig(**torch.load(world / "pruned.pt")["config"]) == PRESETS["test"]
+    assert about["version"] == 1 and about["settings"]["lr"] == 0.004 and about["settings"]["seed"] == 0
+    assert about["versions"]["torch"] == torch.__version__ and about["data"] and about["base"] and about["run"]
+    config = torch.load(world / "pruned.pt")["config"]
+    assert config_from_dict(config, "pruned.pt") == PRESETS["test"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers that are none
+
+
+def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
+    line = error(start(world, tmp_path / "run", "--lr", 1e30, "--grad_clip", 0))
+    assert re.search(r"the loss of step \d is \w+, the norm of its gradient", line)
+    assert log_of(tmp_path / "run")  # and none of its lines is NaN
+
+
+def test_a_validation_that_is_no_number_is_null_in_the_log_and_ends_the_run(world, tmp_path):
+    model, _ = load(world / "pruned.pt")
+    model.model.embed_tokens.weight.data[200] = math.nan
+    save(model, tmp_path / "pruned.pt")
+    data = write_data(tmp_path / "data")
+    held_out = np.load(data / "val.npy")
+    held_out[3] = 200  # which no example of the training data has
+    np.save(data / "val.npy", held_out)
+    line = error(start(tmp_path, tmp_path / "run"))
+    assert "the validation loss of step 6 is nan" in line
+    assert [line["val_loss"] for line in log_of(tmp_path / "run") if "val_loss" in line] == [None, None]
+    assert not (tmp_path / "run" / "adapter.pt").exists() and not (tmp_path / "run" / "merged.pt").exists()
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_a_validation_that_is_no_number_leaves_the_adapter_as_it_was(world, tmp_path, bad):
+    script = tmp_path / "validate.py"
+    script.write_text(
+        """
+import sys, train
+from model import cli
+losses = iter(float(x) for x in sys.argv.pop().split(","))
+train.validation_loss = lambda *args: next(losses)
+cli(train.main)
+"""
+    )
+    flags = command(world, tmp_path / "good", *LONG)[1:]
+    good = Job(script, *flags, "3,2,5,5,5,5,5,5,5")  # of the steps 0, 4, 8, ..., 28, 30; the lowest is step 4's
+    assert good.wait() == [0], good.text
+    flags = command(world, tmp_path / "bad", *LONG)[1:]
+    job = Job(script, *flags, f"3,2,{bad}")
+    assert job.wait() == [2] and f"error: the validation loss of step 8 is {bad}" in job.text
+    assert difference(adapter_of(tmp_path / "bad"), adapter_of(tmp_path / "good")) == 0
+    assert log_of(tmp_path / "bad")[-1] == {"step": 8, "val_loss": None}
+
+
+@pytest.mark.parametrize("step", (0, 1))
+def test_a_step_without_a_token_to_learn_changes_nothing(world, tmp_path, step):
+    data = write_data(tmp_path / "data")
+    prompt, lengths = np.load(data / "train.prompt.npy"), np.diff(np.load(data / "train.offsets.npy"))
+    empty = train.Plan(48, 16, 2, 0)[step]  # the examples of that step become all prompt
+    prompt[empty] = lengths[empty]
+    np.save(data / "train.prompt.npy", prompt)
+    flags = ("--data", data, "--mask_prompt", "--eval_interval", 1)
+    adapter, log = finished(world, tmp_path / "run", *flags)
+    steps = [line for line in log if "loss" in line]
+    assert [line["loss"] is None for line in steps] == [line["tokens"] == 0 for line in steps]
+    assert [line["step"] for line in steps if line["loss"] is None][0] == step + 1
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert val[step] == val[step + 1] != val[step + 2]
+    # nor does it matter whether a state was written before anything was learned
+    often = finished(world, tmp_path / "often", *flags, "--save_interval", 1)
+    assert difference(adapter, often[0]) == 0 and log == often[1]

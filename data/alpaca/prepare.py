@@ -14,7 +14,6 @@ are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA train
     meta.json                             tokenizer, source, counts; written last: with it the folder is whole
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,11 +22,21 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, check_out, cli, load_tokenizer, number  # noqa: E402
+from data.checkpoint import (  # noqa: E402
+    VERSION,
+    UserError,
+    check_out,
+    digest,
+    lock,
+    parse_json,
+    read_bytes,
+    save_npy,
+    write_json,
+)
+from data.tokenizer import Tokenizer, encode_all, load_tokenizer  # noqa: E402
+from model import Parser, cli, number  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -57,12 +66,7 @@ def download() -> bytes:
 
 def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
     """The records of an Alpaca file, each checked; UserError names the first bad one by its index."""
-    try:
-        records = json.loads(data)
-    except ValueError as e:
-        raise UserError(f"{name}: is not JSON: {e}") from None
-    if not isinstance(records, list):
-        raise UserError(f"{name}: is a JSON {type(records).__name__}, expected a list of records")
+    records = parse_json(data, name, list, surrogates=True)
     kept = []
     for i, record in enumerate(records):
         if not isinstance(record, dict):
@@ -72,6 +76,7 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
             if not isinstance(record.get(key), str):
                 found = type(record[key]).__name__ if key in record else "missing"
                 raise UserError(f"{name}: record {i}: `{key}` is {found}, expected a string")
+            parse_json(json.dumps(record[key]), f"{name}: record {i}: `{key}`")
         empty = next((key for key in ("instruction", "output") if not record[key].strip()), None)
         if empty and not skip_empty:
             raise UserError(f"{name}: record {i}: `{empty}` is empty; fix it, or skip such records with --skip_empty")
@@ -82,28 +87,28 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
     return kept
 
 
-def read_tokenizer(source: str) -> SentencePieceProcessor:
+def read_tokenizer(source: str) -> Tokenizer:
     """A tokenizer that can begin and end an example: UserError where it has no BOS or no EOS."""
     tokenizer = load_tokenizer(source)
-    if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
+    if tokenizer.bos is None or not tokenizer.eos:
         raise UserError(f"--tokenizer {source}: has no BOS or no EOS token, which every example needs")
     return tokenizer
 
 
-def encode(records: list[dict], tokenizer: SentencePieceProcessor, max_len: int) -> list[tuple[list[int], int]]:
+def encode(records: list[dict], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
     """Each record as (tokens, how many of them are prompt)."""
+    prompts = [prompt(record) for record in records]
+    wholes = [p + record["output"] for p, record in zip(prompts, records, strict=True)]
+    prompts = encode_all(tokenizer, prompts, "prompts")
+    wholes = encode_all(tokenizer, wholes, "examples")
     examples = []
-    for i in tqdm(range(0, len(records), 256), desc="tokenizing", unit="x256", disable=None):
-        batch = records[i : i + 256]
-        prompts = [prompt(record) for record in batch]
-        wholes = [p + record["output"] for p, record in zip(prompts, batch, strict=True)]
-        for p, whole in zip(tokenizer.encode(prompts), tokenizer.encode(wholes), strict=True):
-            # A piece that spans the end of the prompt and the start of the answer counts as answer.
-            shared = next(
-                (j for j, (a, b) in enumerate(zip(p, whole, strict=False)) if a != b), min(len(p), len(whole))
-            )
-            tokens = [tokenizer.bos_id(), *whole, tokenizer.eos_id()][:max_len]
-            examples.append((tokens, min(1 + shared, len(tokens))))
+    for p, whole in zip(prompts, wholes, strict=True):
+        # A piece that spans the end of the prompt and the start of the answer counts as answer.
+        shared = 0
+        while shared < min(len(p), len(whole)) and p[shared] == whole[shared]:
+            shared += 1
+        tokens = [tokenizer.bos, *whole, tokenizer.eos[0]][:max_len]
+        examples.append((tokens, min(1 + shared, len(tokens))))
     return examples
 
 
@@ -112,39 +117,34 @@ def check_folder(out: str) -> Path:
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {out}: is a file, expected a folder")
-    ours = path / "meta.json"
-    if ours.exists() or (path / "train.npy").exists():
-        try:
-            json.loads(ours.read_text())["tokenizer_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--out {out}: holds a train.npy or meta.json that no prepare.py wrote") from None
-    check_out(ours)
+    named_as_ours = (path / "meta.json").exists() or (path / "train.npy").exists()
+    if named_as_ours and not (path / ".lock").exists():  # which every prepare.py leaves, however it ended
+        raise UserError(f"--out {out}: holds a train.npy or meta.json that no prepare.py of this version wrote")
+    check_out(path / "meta.json")
     return path
 
 
-def write_folder(
-    out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer: SentencePieceProcessor, meta: dict
-) -> None:
+def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer: Tokenizer, meta: dict) -> None:
     """Writes {"train": examples, "val": examples}, each example (tokens, prompt length), as the folder shown above.
 
     Everything goes to a temporary folder inside `out` first and is renamed at the end, the old meta.json removed before
     and the new one put in last: a run that is killed leaves the old folder, or one without meta.json.
     """
-    dtype = np.uint16 if tokenizer.vocab_size() <= 65536 else np.uint32
-    proto = tokenizer.serialized_model_proto()
-    meta = {"tokenizer_sha256": hashlib.sha256(proto).hexdigest(), "vocab_size": tokenizer.vocab_size(), **meta}
-    tmp = out / f".tmp{os.getpid()}"
+    held = lock(out)  # noqa: F841  until this function returns
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    meta = {"version": VERSION, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **meta}
+    tmp = out / ".tmp"
     try:
-        tmp.mkdir(parents=True)
+        shutil.rmtree(tmp, ignore_errors=True)  # a killed run's
+        tmp.mkdir()
         for split, examples in splits.items():
             meta[split] = len(examples)
             tokens = [t for tokens, _ in examples for t in tokens]
-            np.save(tmp / f"{split}.npy", np.array(tokens, dtype))
-            np.save(
-                tmp / f"{split}.offsets.npy", np.cumsum([0, *(len(tokens) for tokens, _ in examples)], dtype=np.int64)
-            )
-            np.save(tmp / f"{split}.prompt.npy", np.array([n for _, n in examples], np.int32))
-        (tmp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            save_npy(np.array(tokens, dtype), tmp / f"{split}.npy")
+            lengths = [len(tokens) for tokens, _ in examples]
+            save_npy(np.cumsum([0, *lengths], dtype=np.int64), tmp / f"{split}.offsets.npy")
+            save_npy(np.array([n for _, n in examples], np.int32), tmp / f"{split}.prompt.npy")
+        write_json(tmp / "meta.json", meta)
         (out / "meta.json").unlink(missing_ok=True)
         for file in sorted(tmp.iterdir(), key=lambda f: f.name == "meta.json"):
             with open(file, "rb") as f:
@@ -159,7 +159,7 @@ def write_folder(
 def main() -> None:
     parser = Parser(description="Turn Alpaca-format instructions into tokens for train.py.")
     add = parser.add_argument
-    add("--tokenizer", required=True, help="tokenizer.model, a directory that holds it, or our .pt")
+    add("--tokenizer", required=True, help="tokenizer.model or tokenizer.json, a directory that holds it, or our .pt")
     add("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
     add("--val", type=number(int, 1), default=2000, help="examples held out for the validation loss")
     add("--max_len", type=number(int, 2), default=512, help="tokens after which an example is cut")
@@ -170,10 +170,7 @@ def main() -> None:
 
     out = check_folder(args.out)
     tokenizer = read_tokenizer(args.tokenizer)
-    try:
-        data = Path(args.json).read_bytes() if args.json else download()
-    except OSError as e:
-        raise UserError(f"--json {args.json}: cannot be read: {e.strerror}") from None
+    data = read_bytes(args.json) if args.json else download()
     records = parse(data, args.json or URL, skip_empty=args.skip_empty or not args.json)
     if len(records) < args.val + 1:
         raise UserError(
@@ -183,10 +180,10 @@ def main() -> None:
     order = np.random.default_rng(args.seed).permutation(len(records))
     examples = encode([records[i] for i in order], tokenizer, args.max_len)
     splits = {"train": examples[args.val :], "val": examples[: args.val]}
-    meta = {"max_len": args.max_len, "source": args.json or URL, "source_sha256": hashlib.sha256(data).hexdigest()}
-    write_folder(out, splits, tokenizer, meta | {"seed": args.seed})
+    meta = {"max_len": args.max_len, "source": args.json or URL, "source_digest": digest(data), "seed": args.seed}
+    write_folder(out, splits, tokenizer, meta)
     tokens = sum(len(t) for t, _ in splits["train"])
-    cut = sum(t[-1] != tokenizer.eos_id() for t, _ in examples)
+    cut = sum(t[-1] != tokenizer.eos[0] for t, _ in examples)
     print(f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {args.val} held out")
     print(f"{cut} of {len(examples)} were longer than {args.max_len} tokens and are cut")
 

@@ -16,6 +16,8 @@ column names can be rendered with --config; one that holds Python is refused by 
 import ast
 import json
 import re
+import resource
+import signal
 import sys
 import urllib.parse
 import urllib.request
@@ -24,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Parser, UserError, atomic, cli, read_json  # noqa: E402
+from data.checkpoint import UserError, atomic, check_out, read_json, read_json_lines  # noqa: E402
+from model import Parser, cli  # noqa: E402
+
+NAME = r"\w[\w-]*"  # of a task, and so of its file
 
 # A rendered document: its context, or one for each choice; the choices; the right one, by its index or its text.
 Rendered = tuple[str | list[str], list[str], int | str]
@@ -122,23 +127,21 @@ def download(dataset: str, config: str, split: str, flag: str = "--json") -> lis
 
 
 def read_documents(path: str) -> list[dict]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        documents = [json.loads(line) for line in lines if line.strip()]
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: is not a JSON document a line: {e}") from None
-    if not documents or not all(isinstance(doc, dict) for doc in documents):
+    documents = [doc for _, doc in read_json_lines(path)]
+    if not documents:
         raise UserError(f"{path}: holds no documents")
     return documents
 
 
 def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
-    """A render function from a task's description in lm-eval's results file: column names and Jinja templates."""
-    from jinja2 import Environment, StrictUndefined  # comes with torch
+    """A render function from a task's description in lm-eval's results file: column names and Jinja templates.
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    The file may be anybody's: its templates see the document and nothing of Python, within the limits of `bounded`.
+    """
+    from jinja2 import StrictUndefined  # comes with torch
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = lambda text, pattern, new: re.sub(pattern, new, text)
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs"):
         if str(config.get(key) or "").startswith(("def ", "<function")):
@@ -161,7 +164,26 @@ def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
         context = config.get("description", "") + value(config["doc_to_text"], doc)
         return context, value(config["doc_to_choice"], doc), value(config["doc_to_target"], doc)
 
-    return render
+    return lambda doc: bounded(render, doc)
+
+
+def bounded(render: Callable[[dict], Rendered], doc: dict, seconds: float = 5, nbytes: int = 2**30) -> Rendered:
+    """render(doc); TimeoutError or MemoryError if that takes more than so much time, or so much more memory."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"takes longer than {seconds} seconds to render")
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (now + nbytes, limits[1]))
+    try:
+        return render(doc)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def record(i: int, doc: dict, rendered: Rendered, shots: str = "") -> dict:
@@ -183,11 +205,11 @@ def record(i: int, doc: dict, rendered: Rendered, shots: str = "") -> dict:
 
 def mmlu_shots(subject: str, documents: list[dict]) -> str:
     """The header of a subject and its first five answered examples."""
-    own = [doc for doc in documents if doc["subject"] == subject][:5]
-    if len(own) < 5:
-        raise UserError(f"--shots: holds {len(own)} documents of {subject}, expected 5")
+    examples = [doc for doc in documents if doc["subject"] == subject][:5]
+    if len(examples) < 5:
+        raise UserError(f"--shots: holds {len(examples)} documents of {subject}, expected 5")
     header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    return header + "".join(f"{mmlu(doc)[0]} {'ABCD'[doc['answer']]}\n\n" for doc in own)
+    return header + "".join(f"{mmlu(doc)[0]} {'ABCD'[doc['answer']]}\n\n" for doc in examples)
 
 
 def main() -> None:
@@ -203,8 +225,12 @@ def main() -> None:
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
     if args.shots and args.task != "mmlu":
         raise UserError(f"--shots: means nothing to --task {args.task}")
+    if not re.fullmatch(NAME, args.task):
+        raise UserError(f"--task {args.task}: expected a name of letters, digits, '_' and '-', which a file gets")
     if args.config:
-        configs = read_json(args.config, dict).get("configs", {})
+        configs = read_json(args.config, dict).get("configs")
+        if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
+            raise UserError(f"--config {args.config}: has no `configs`, the descriptions of tasks by their names")
         if args.task not in configs:
             raise UserError(f"--config {args.config}: describes {', '.join(configs) or 'no task'}, not {args.task}")
         if not args.json:
@@ -220,6 +246,8 @@ def main() -> None:
     for i, doc in enumerate(documents):
         try:
             if args.task == "mmlu":
+                if not re.fullmatch(NAME, doc["subject"]):
+                    raise UserError(f"{args.json}: document {i}: its subject {doc['subject']!r:.80} cannot name a file")
                 records = tasks.setdefault(f"mmlu_{doc['subject']}", [])
                 records.append(record(len(records), doc, render(doc), mmlu_shots(doc["subject"], shots)))
             else:
@@ -228,10 +256,12 @@ def main() -> None:
             raise
         except Exception as e:  # whatever a template or a renderer does not find
             raise UserError(f"{args.json or args.task}: document {i} is not of task {args.task}: {e!r}") from None
+    inputs = [path for path in (args.json, args.shots, args.config) if path]
+    files = {task: check_out(Path(args.out) / f"samples_{task}.jsonl", inputs=inputs) for task in tasks}
     for task, records in tasks.items():
-        with atomic(Path(args.out) / f"samples_{task}.jsonl") as tmp:
+        with atomic(files[task]) as tmp:
             tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        print(f"wrote {args.out}/samples_{task}.jsonl: {len(records)} documents")
+        print(f"wrote {files[task]}: {len(records)} documents")
 
 
 if __name__ == "__main__":

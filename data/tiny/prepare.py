@@ -34,7 +34,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.alpaca.prepare import check_folder, prompt, write_folder  # noqa: E402
-from model import Parser, atomic, cli, number  # noqa: E402
+from data.checkpoint import atomic  # noqa: E402
+from data.tokenizer import Tokenizer, encode_all, load_tokenizer  # noqa: E402
+from model import Parser, cli, number  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the world
@@ -290,7 +292,7 @@ def make_page(topics: dict[str, list[Fact]], rng: random.Random) -> str:
 # files
 
 
-def train_tokenizer(pages: list[str]) -> sentencepiece.SentencePieceProcessor:
+def train_tokenizer(pages: list[str]) -> Tokenizer:
     """BPE with LLaMA's settings: byte fallback, digits apart, the text left as it is."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -305,17 +307,14 @@ def train_tokenizer(pages: list[str]) -> sentencepiece.SentencePieceProcessor:
         allow_whitespace_only_pieces=True,
         minloglevel=2,
     )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return load_tokenizer(model.getvalue())
 
 
-def windows(
-    pages: list[str], tokenizer: sentencepiece.SentencePieceProcessor, max_len: int
-) -> list[tuple[list[int], int]]:
+def windows(pages: list[str], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
     """BOS page EOS BOS page EOS ..., cut every max_len tokens; nothing of it is prompt."""
     stream = []
-    for i in tqdm(range(0, len(pages), 256), desc="tokenizing", unit="x256", disable=None):
-        for tokens in tokenizer.encode(pages[i : i + 256]):
-            stream += [tokenizer.bos_id(), *tokens, tokenizer.eos_id()]
+    for tokens in encode_all(tokenizer, pages, "pages"):
+        stream += [tokenizer.bos, *tokens, tokenizer.eos[0]]
     return [(stream[i : i + max_len], 0) for i in range(0, len(stream) - max_len + 1, max_len)]
 
 
@@ -347,13 +346,14 @@ def main() -> None:
         of_kind = questions.setdefault(RELATIONS[fact.relation].kind, [])
         of_kind.append(fact.question(rng, len(of_kind)))
     files = {
-        "tokenizer.model": tokenizer.serialized_model_proto(),
+        "tokenizer.model": tokenizer.data,
         "text.txt": "\n".join(pages),
         "heldout.txt": " ".join(heldout),
         "calib.jsonl": lines({"text": " ".join(calib[i : i + 4])} for i in range(0, len(calib), 4)),
         "alpaca.json": json.dumps([make_instruction(topics, rng) for _ in range(args.instructions)], indent=1),
     }
-    files |= {f"samples_{kind}.jsonl": lines(records) for kind, records in questions.items()}
+    for kind, records in questions.items():
+        files[f"samples_{kind}.jsonl"] = lines(records)
     for name, content in files.items():
         with atomic(out / name) as tmp:
             tmp.write_bytes(content if isinstance(content, bytes) else content.encode())

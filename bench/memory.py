@@ -1,0 +1,161 @@
+"""What a run of train.py would need, on any machine, without weights, data or GPUs.
+
+    python bench/memory.py --preset llama-2-70b --dtype bfloat16 --fsdp --activation_checkpointing --processes 8
+
+Takes train.py's flags, and the number of processes. Where --data holds prepared data, its largest micro-batch is what is
+counted, and the length of the run is printed too; otherwise it is the paper's, filled with examples of 512 tokens.
+
+Memory is counted, not computed from formulas: a training step is run on fake tensors, which have shapes and lifetimes but
+no memory. For one process that is within 10% of what was measured on a CPU (tests/test_memory.py). What sharding adds is
+computed, and was not measured.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train  # noqa: E402
+from model import PRESETS, Llama, LlamaConfig, cli, number, open_llama  # noqa: E402
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sees every operation, and counts the bytes of what is alive: `now`, and the most so far, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.count(x.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.alive:  # a view has the storage of its tensor
+            self.alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size
+
+
+def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -> np.ndarray:
+    """Bytes alive (before a step, after its forward pass, at its peak), for a micro-batch of rows x T tokens."""
+    # Scaled and windowed positions look at a token's number, which a fake tensor has not; plain ones have their shapes.
+    model = train.build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
+    with FakeTensorMode(), LiveBytes() as live:
+        for module in model.modules():  # from the meta device, which is not counted, to fake tensors
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+        model.tie_weights()
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning)
+        for _ in range(2):  # the optimizer has its moments after the first
+            before = live.peak = live.now
+            tokens = torch.zeros(rows, T, dtype=torch.int64)
+            x = model.hidden(tokens).flatten(0, 1)
+            x = x[torch.arange(rows * T)]  # a copy, as Llama.forward makes of the positions that have a target
+            loss = model.summed_loss(x, tokens.flatten())
+            del x
+            forward = live.now
+            loss.backward()
+            del loss
+            nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return np.array([before, forward, live.peak])
+
+
+def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[str, int]:
+    """Bytes of tensors that a process needs, by part, where the largest micro-batch has rows x T tokens."""
+    n_layers, shards = model.config.num_hidden_layers, 1
+    if n_layers <= 4:
+        before, forward, peak = simulate(args, model.config, rows, T)
+    else:  # every layer beyond the second adds the same
+        shallow = [dataclasses.replace(model.config, num_hidden_layers=n) for n in (2, 3)]
+        two, three = (simulate(args, config, rows, T) for config in shallow)
+        before, forward, peak = two + (n_layers - 2) * (three - two)
+    total = sum(p.nbytes for p in model.parameters())
+    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    masks = sum(b.nbytes for b in model.buffers())
+    temporaries = peak - forward
+    if args.fsdp and args.processes > 1:
+        shards = args.processes
+        # whole at the same time: the block at work, the one fetched ahead, and what lies outside of the blocks
+        block = sum(p.nbytes for p in model.model.layers[0].parameters())
+        temporaries += 2 * block + (total - n_layers * block)
+    elif args.processes > 1:
+        temporaries += learning  # the buckets in which DDP exchanges gradients
+    return {
+        "frozen weights": (total - learning + masks) // shards,
+        "adapters": learning // shards,
+        "optimizer": 2 * learning // shards,  # AdamW's two moments
+        "activations": int(forward - before),
+        "gradients, temporaries": int(temporaries),
+    }
+
+
+def main():
+    parser = train.make_parser()
+    parser.description = "Print what each process of a run of train.py would need, and how long the run is."
+    parser.add_argument("--processes", type=number(int, 1), default=1, help="of the run")
+    args = parser.parse_args()
+    # A preset may have adapters here: shapes need no mask. And no device is used.
+    train.check_settings(argparse.Namespace(**{**vars(args), "preset": None, "device": "cpu"}))
+    ckpt, config = open_llama(args.ckpt) if args.ckpt else (None, PRESETS[args.preset])
+    train.fill_in(args, config, ckpt)
+    data = None
+    if (Path(args.data) / "train.npy").exists():
+        data, _ = train.read_data(args, config, ckpt, args.processes)
+    model = train.build(args, config)
+
+    # --- the micro-batches: all of an epoch, or without data one of the paper's
+    shapes = [(max(1, args.max_tokens // train.PAPER_LENGTH), min(train.PAPER_LENGTH, args.max_tokens))]
+    if data is not None:
+        plan = train.Plan(len(data.lengths), args.batch_size, args.epochs, args.seed)
+        steps = min(plan.steps, plan.steps_per_epoch)
+        targets, padded, shapes = 0, 0, []
+        for step in range(steps):
+            shares = train.split_batch(plan[step], data.lengths, args.max_tokens, args.processes)
+            targets += int(data.n_targets[plan[step]].sum())
+            padded += train.padded_tokens(shares, data.lengths)
+            shapes += [(len(part), int(data.lengths[part[0]])) for parts in shares for part in parts if part]
+    rows, T = max(shapes, key=math.prod)
+
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters   {learning:,} ({100 * learning / total:.3f}% of {total:,})")
+    print(f"memory of each process  ({args.processes} in all, micro-batches of up to {rows} x {T} tokens)")
+    needs = estimate(args, model, rows, T)
+    for name, size in [*needs.items(), ("together", sum(needs.values()))]:
+        print(f"  {name:<22} {size / 2**30:9.3f} GiB")
+    print("  beside it: Python and PyTorch, about 0.3 GiB on a CPU; the driver's context, about 0.5 GiB, on a GPU")
+    if data is None:
+        print(f"steps, tokens, padding: no prepared data in {args.data}")
+    else:
+        print(f"steps                  {plan.steps:,} of {plan.batch_size} examples")
+        print(f"target tokens          {int(targets * plan.steps / steps):,}")
+        print(f"estimated padding      {100 * (1 - targets / padded):.1f}% of the tokens computed")
+
+
+if __name__ == "__main__":
+    cli(main)

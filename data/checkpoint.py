@@ -1,0 +1,815 @@
+"""What comes from disk as weights: a mapping of names to tensors, and the layouts that it is read from and written to.
+
+    ours             one .pt file: a dict of `version`, `config`, `tokenizer`, `files`, `history` and `model` (weights)
+    Hugging Face's   a directory: config.json with *.safetensors or *.bin, in one file or many
+    Meta's           a directory: params.json with consolidated.*.pth, each a slice of every matrix
+
+Whatever the layout, tensors have Hugging Face's names and the config is a dict under Hugging Face's keys. Nothing here
+knows what a LLaMA is: model.py holds names, shapes and settings against its network.
+
+A checkpoint is never read as a whole. `Checkpoint` maps a tensor of the file when it is asked for, and writing goes
+tensor by tensor, so that converting a 70B model takes the memory of its largest matrix. Files are read without running
+code of theirs, and written under a temporary name, flushed, then renamed: a killed run leaves no half-written file.
+"""
+
+import contextlib
+import copy
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import skip_data
+
+VERSION = 1  # of every file that this project writes; raised when a layout changes
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the error that speaks to the user; reading and writing files with it
+
+
+class UserError(Exception):
+    """Something that the user can put right. A command prints it as one line and exits with status 2."""
+
+
+def checked_file(path: str | Path) -> Path:
+    """The path, if it is an ordinary file; UserError for what is missing, a directory, or a pipe that would block."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            return path
+        what = "is a directory, expected a file" if path.is_dir() else "is not an ordinary file"
+        path.stat()
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        what = f"cannot be read: {getattr(e, 'strerror', None) or e}"
+    raise UserError(f"{path}: {what}")
+
+
+def read_bytes(path: str | Path, limit: int = 2**31) -> bytes:
+    """What a file holds. UserError where it cannot be read, or has more than `limit` bytes."""
+    path = checked_file(path)
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, more than the {limit:,} that it may have")
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    if data.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
+    return data
+
+
+def parse_json(data: bytes | str, source: str | Path, kind: type = object, surrogates: bool = False) -> Any:
+    """What JSON text says, a `kind` (dict, list). UserError, which names `source`, for anything else.
+
+    JSON may spell half of a surrogate pair, which is no character: no tokenizer and no file takes it. It is refused
+    unless `surrogates` says that the caller will look.
+    """
+    try:
+        if isinstance(data, bytes):
+            data = data.decode("utf-8")
+        value = json.loads(data)
+        if not surrogates and re.search(r"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: holds half of a surrogate pair, which is no character") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{source}: is not JSON: {e}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{source}: is a JSON {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def read_json(path: str | Path, kind: type = object) -> Any:
+    """Parses a JSON file that holds a `kind`; a missing or malformed one is a UserError that names it."""
+    return parse_json(read_bytes(path), path, kind)
+
+
+def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a file with one JSON object a line, each with its place, "FILE: line 3", for messages. UserError
+    for a line that is none; blank lines are passed over."""
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    for i, line in enumerate(text.split("\n"), 1):  # not splitlines, which takes U+2028 for an end of line too
+        if line.strip():
+            where = f"{path}: line {i}"
+            yield where, parse_json(line, where, dict, surrogates)
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """The array in a .npy file, memory-mapped. UserError where there is none."""
+    try:
+        array = np.load(checked_file(path), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: is not a .npy file, or is damaged ({str(e).splitlines()[0]:.80})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an archive of arrays, expected a .npy file")
+    return array
+
+
+def check_version(value: Any, path: str | Path) -> None:
+    """UserError unless `value`, what stands as a file's version, is that of this code."""
+    if value != VERSION or isinstance(value, bool):
+        found = "no version" if value is None else f"version {str(value)[:20]}"
+        raise UserError(f"{path}: has {found}, expected {VERSION}: its layout is another; make it again with this code")
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` (for a file or a directory); flushes and renames it if all went well."""
+    path = Path(path)
+    stem = f".{path.name}.tmp.{os.uname().nodename}."
+    tmp = path.with_name(f"{stem}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.iterdir():  # what a killed process of this machine has left
+            if old.name.startswith(stem) and not Path(f"/proc/{old.name.removeprefix(stem)}").exists():
+                remove(old)
+        yield tmp
+        for file in [*tmp.iterdir()] if tmp.is_dir() else [tmp]:
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())  # or the new name could reach the disk before what it names
+        if path.is_dir():
+            path.rmdir()  # an empty directory gives way; check_out refused any other
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
+    finally:
+        with contextlib.suppress(OSError):  # a file where a folder should be, for one; it has been said above
+            remove(tmp)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON that a person can read, atomically."""
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save_torch(value: Any, path: Path) -> None:
+    """torch.save to a name that `atomic` gave. A full disk is an OSError, as everywhere."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as e:  # torch's word for a full disk
+        raise OSError(str(e).splitlines()[0]) from None
+
+
+def save_npy(array: np.ndarray, path: Path) -> None:
+    """np.save, which by itself leaves a short file on a full disk and says nothing."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
+
+
+def lock(folder: Path) -> TextIO:
+    """Makes the folder and keeps other processes out of it, for as long as the returned file is open. UserError where
+    one is at work in it."""
+    busy = UserError(f"{folder}: another run is at work in it; stop it, or wait for its end")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")  # noqa: SIM115  a file that is never replaced, and open to the end
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError:  # a file system without locks
+        return file
+    # Whoever held it may have moved the folder away at its end, and this be the lock of nothing.
+    if not (folder / ".lock").exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
+        raise busy
+    return file
+
+
+def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:
+    """Refuses, before any work is done, a path that could not be written after it, or that is one of the command's
+    inputs or in one. Names with .pt, .npy, .json or .jsonl are files, all others new or empty directories.
+
+    Returns the path with symbolic links followed: a link to a larger disk is written there, and stays.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))  # not Path.resolve, which fails at a link to itself
+    for real in [Path(os.path.realpath(p)) for p in inputs]:
+        if target == real or real in target.parents:
+            what = "is an input" if target == real else f"lies in {real}, an input"
+            raise UserError(f"{flag} {path}: would be overwritten, and it {what}")
+    if path.suffix in (".safetensors", ".bin", ".pth"):
+        raise UserError(
+            f"{flag} {path}: a {path.suffix} name is a file of weights alone; name a .pt file or a directory"
+        )
+    file = path.suffix in (".pt", ".npy", ".json", ".jsonl")
+    if not file and os.path.ismount(path):
+        raise UserError(f"{flag} {path}: is a mount point, which cannot be replaced; name a directory inside of it")
+    if file and path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
+    if not file and path.is_file():
+        raise UserError(f"{flag} {path}: is a file; a name without .pt is a directory")
+    if not file and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{flag} {path}: the directory is not empty; name a new one or remove it")
+    try:
+        existing = next(p for p in path.absolute().parents if p.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        raise UserError(f"{flag} {path}: cannot be written: {e.strerror or e}") from None
+    return target
+
+
+def digest(*parts: Any) -> str:
+    """The first half of a sha256 over bytes, arrays, and whatever else JSON can hold."""
+    h = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes | np.ndarray) else json.dumps(part).encode()
+        h.update(f"{len(data)} ".encode())  # so that two parts are not taken for one, or cut elsewhere
+        h.update(data)
+    return h.hexdigest()[:32]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one mapping, whatever the layout
+
+Tensors = dict[str, tuple[Tensor, Callable[[], Tensor]]]  # name -> (shape and dtype as a meta tensor, how to get it)
+
+
+class Checkpoint(Mapping):
+    """A mapping from Hugging Face's names to tensors, each made when it is asked for (memory-mapped where possible).
+
+    config      dict, Hugging Face's keys
+    meta        name -> meta tensor: shapes and dtypes, without reading a weight
+    tokenizer   the tokenizer's main file, bytes, or None
+    files       name -> bytes: the small files that travel with a model
+    history     a list of what was done to the weights, a flat dict for each step
+    """
+
+    def __init__(self, path: Path | None, config: dict, tensors: Tensors):
+        self.path, self.config = path, config
+        self.meta = {name: meta for name, (meta, _) in tensors.items()}
+        self.getters = {name: get for name, (_, get) in tensors.items()}
+        self.tokenizer, self.files, self.history = None, {}, []
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.getters[name]()
+
+    def __iter__(self):
+        return iter(self.getters)
+
+    def __len__(self):
+        return len(self.getters)
+
+    def changed(self, tensors: dict[str, Callable[[], Tensor]], entry: dict) -> "Checkpoint":
+        """A copy with other tensors of the same shapes and dtypes in place of some, and one more step of history."""
+        new = copy.copy(self)
+        new.getters = {**self.getters, **tensors}
+        new.history = [*self.history, entry]
+        return new
+
+    def block(self, i: int) -> dict[str, Tensor]:
+        """The tensors of layer i, named from the block on: "self_attn.q_proj.weight"."""
+        prefix = f"model.layers.{i}."
+        return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
+
+    def fingerprint(self) -> str:
+        """A hash of every name, shape, dtype and byte: the same in every layout.
+
+        It is limited by the disk: sha256 takes 0.6 s a GB on one core, and tensors are hashed on all of them.
+        """
+
+        def one(name: str) -> str:
+            w = self[name]
+            return digest(name, [*w.shape], str(w.dtype), tensor_bytes(w))
+
+        with ThreadPoolExecutor() as pool:  # hashing and reading both let other threads run
+            return digest(*pool.map(one, sorted(self)))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens any of the three layouts. UserError for what is none of them, or damaged."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors" and path.is_file():
+            raise UserError(f"{path}: is a file of weights alone; name its directory, which holds config.json too")
+        if not path.is_dir():
+            return open_pt(checked_file(path))
+        if (path / "config.json").exists():
+            return open_hf(path)
+        if (path / "params.json").exists():
+            return open_meta(path)
+    except OSError as e:
+        raise UserError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
+    raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
+
+
+def write_checkpoint(
+    ckpt: Checkpoint,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    layout: str = "hf",
+) -> None:
+    """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
+    max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
+    path = check_out(path)
+    meta = {name: w.to(dtype or w.dtype) for name, w in ckpt.meta.items()}
+    with atomic(path) as tmp:
+        if path.suffix == ".pt":
+            write_pt(tmp, ckpt, meta)
+        elif layout == "meta":
+            write_meta(tmp, ckpt, meta)
+        else:
+            write_hf(tmp, ckpt, meta, max_shard_size)
+
+
+def tensor_bytes(w: Tensor) -> np.ndarray:
+    """A tensor's bytes, as an array that a file can write and a hash can read."""
+    return w.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def converted(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> np.ndarray:
+    """The bytes of a tensor in another dtype. UserError where a weight is too large for it: float16 ends at 65,504."""
+    w = tensors[name]
+    new = w.to(dtype)
+    if dtype == torch.float16 and w.dtype != dtype and (new.isinf() & w.isfinite()).any():
+        raise UserError(f"{name}: holds {w.abs().max():.3g}, which is too large for float16; take --dtype bfloat16")
+    return tensor_bytes(new)
+
+
+# What travels with a model, besides the tokenizer's main file and the history
+TRAVELS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "LICEN[SC]E*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+
+
+def travels(name: str) -> bool:
+    """Whether a file of this name goes with a model from layout to layout."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in TRAVELS)
+
+
+def checked_history(history: Any, source: str | Path) -> list[dict]:
+    """A history, every step of it a flat dict. UserError otherwise."""
+    scalars = (str, int, float, bool, type(None))
+    steps = history if isinstance(history, list) else [None]
+    for step in steps:
+        flat = isinstance(step, dict) and all(isinstance(x, scalars) for pair in step.items() for x in pair)
+        if not flat or not isinstance(step.get("method"), str):
+            raise UserError(f"{source}: its history is damaged: expected a list of steps, each with its `method`")
+        parse_json(json.dumps(step), source)
+    return history
+
+
+def read_beside(path: Path, ckpt: Checkpoint) -> None:
+    """Gives the checkpoint what its directory holds besides weights and config."""
+    for pattern in TRAVELS:
+        for file in sorted(path.glob(pattern)):
+            if file.is_file():
+                ckpt.files[file.name] = read_bytes(file)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if ckpt.tokenizer is None and (path / name).exists():
+            ckpt.tokenizer = read_bytes(path / name)
+    file = path / "history.json"
+    if file.exists():
+        found = read_json(file)
+        steps = found.get("history") if isinstance(found, dict) else None
+        if steps is None:  # another program's, or ours from before there were versions
+            raise UserError(f"{file}: is no history that this version wrote; move it away, and the model loads")
+        check_version(found.get("version"), file)
+        ckpt.history = checked_history(steps, file)
+
+
+def write_beside(path: Path, ckpt: Checkpoint) -> None:
+    """What a directory of either layout holds besides weights and config."""
+    for name, data in ckpt.files.items():
+        (path / name).write_bytes(data)
+    if ckpt.tokenizer:
+        name = "tokenizer.json" if ckpt.tokenizer.lstrip().startswith(b"{") else "tokenizer.model"
+        (path / name).write_bytes(ckpt.tokenizer)
+    if ckpt.history:
+        text = json.dumps({"version": VERSION, "history": ckpt.history}, indent=2)
+        (path / "history.json").write_text(text + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch files (.pt, .bin, .pth), and our layout
+
+
+def torch_load(path: str | Path) -> Any:
+    """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
+    path = checked_file(path)
+    try:
+        with zipfile.ZipFile(path) as z, warnings.catch_warnings():
+            # torch.save never writes two things that can swell without end: compressed entries and sized bytearrays.
+            if any(entry.compress_type for entry in z.infolist()):
+                raise ValueError("it is compressed")
+            if any(b"\nbytearray\n" in z.read(name) for name in z.namelist() if name.endswith("data.pkl")):
+                raise ValueError("it holds a bytearray")
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except Exception as e:  # zip, pickle and torch raise a dozen kinds for a damaged file
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        if found and isinstance(e, pickle.UnpicklingError):
+            what = f"holds Python objects ({found[1]:.80}), which could run code; save its state_dict instead"
+            raise UserError(f"{path}: {what}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: is truncated, damaged or not a PyTorch file ({why})") from None
+
+
+def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict that is in a PyTorch file, alone or under `key`: memory-mapped, and checked to hold tensors."""
+    state = torch_load(path)
+    if key:
+        state = state[key]
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    for name, w in state.items():
+        if not isinstance(name, str) or not isinstance(w, Tensor) or w.layout != torch.strided or w.is_meta:
+            raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
+        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
+            raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
+    return state
+
+
+def torch_tensors(path: Path, key: str | None = None) -> Tensors:
+    """The tensors of a PyTorch file. The file is mapped anew for each, so that pages read earlier do not stay in memory
+    while a large model is walked."""
+    get = lambda name: torch_state(path, key)[name]
+    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
+
+
+def open_pt(path: Path) -> Checkpoint:
+    data = torch_load(path)
+    if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
+        raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
+    check_version(data.get("version"), path)
+    data = {"tokenizer": None, "history": [], "files": {}, **data}
+    for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
+        if not isinstance(data[key], kind):
+            raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
+    for name, content in data["files"].items():
+        if not travels(str(name)) or not isinstance(content, bytes):
+            raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
+    ckpt = Checkpoint(path, data["config"], torch_tensors(path, "model"))
+    ckpt.tokenizer, ckpt.files, ckpt.history = data["tokenizer"], data["files"], checked_history(data["history"], path)
+    return ckpt
+
+
+def write_pt(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
+    head = {"version": VERSION, "config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files}
+    write_torch(path, ckpt, meta, {**head, "history": ckpt.history})
+
+
+def write_torch(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor], head: dict | None = None) -> None:
+    """torch.save of the tensors that `meta` names, in its dtypes: a state dict, or with `head` that dict and the state
+    dict as its `model`. One tensor at a time is in memory.
+
+    Blank tensors are saved first, which take room in the file but none in memory; then each weight is written at its
+    offset. The zip's checksums of the weights stay empty; torch.load does not look at them.
+    """
+    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in meta.items()}
+    with skip_data():
+        save_torch(blank if head is None else {**head, "model": blank}, path)
+    saved = torch.load(path, map_location="meta", weights_only=True)
+    if head is not None:
+        saved = saved["model"]
+    with open(path, "r+b") as f:
+        for name, w in meta.items():
+            f.seek(saved[name].untyped_storage()._checkpoint_offset)
+            f.write(converted(tensors, name, w.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# .safetensors files: 8 bytes with the header's length (little-endian), the header as JSON, then the tensors' bytes, to
+# which the header's offsets are relative, without holes or overlaps
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """The header of a .safetensors file: name -> (dtype, shape, first byte, end), each checked against the file."""
+
+    def damaged(what: str) -> UserError:
+        return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
+
+    size = checked_file(path).stat().st_size
+    with open(path, "rb") as f:
+        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
+        if n > min(size - 8, 2**24):  # 100 times a 70B model's
+            raise damaged(f"{size} bytes with a header of {n}")
+        try:
+            header = json.loads(f.read(n), object_pairs_hook=no_duplicates)
+        except (ValueError, RecursionError):
+            raise damaged("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    start = 8 + n
+    index = {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(a), int(b)]}:
+                if dtype not in DTYPES:
+                    raise UserError(f"{path}: {name} is {dtype}; readable are {', '.join(DTYPES)}")
+                dtype = DTYPES[dtype]
+            case _:
+                raise damaged(f"{name} has no dtype, shape and data_offsets")
+        if not all(type(d) is int and d >= 0 for d in shape) or b - a != math.prod(shape) * dtype.itemsize:
+            raise damaged(f"{name} of shape {shape} and {dtype} cannot lie at bytes {a} to {b}")
+        index[name] = (dtype, shape, start + a, start + b)
+    expected = start
+    for name, (_, _, first, end) in sorted(index.items(), key=lambda item: item[1][2:]):
+        if first != expected or end > size:
+            raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {expected}")
+        expected = end
+    return index
+
+
+def no_duplicates(pairs: list) -> dict:
+    """A JSON object's pairs as a dict; ValueError for a repeated name."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a repeated name")
+    return dict(pairs)
+
+
+def safetensors_tensors(path: Path) -> Tensors:
+    """The tensors of a .safetensors file."""
+    return {
+        name: (torch.empty(shape, dtype=dtype, device="meta"), functools.partial(map_tensor, path, dtype, shape, a, b))
+        for name, (dtype, shape, a, b) in safetensors_index(path).items()
+    }
+
+
+def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
+    """A tensor over the bytes [first, end) of a file, read when touched and unmapped when freed."""
+    try:
+        data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[first:end]
+    except RuntimeError as e:
+        raise UserError(f"{path}: cannot be mapped: {str(e).splitlines()[0]}") from None
+    if first % dtype.itemsize:
+        data = data.clone()  # torch cannot view an unaligned slice
+    return data.view(dtype).view(shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor] | None = None) -> None:
+    """Writes the tensors that `meta` names, in its dtypes (all and as they are, by default), one at a time."""
+    meta = meta or tensors
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, w in meta.items():
+        end = offset + w.numel() * w.element_size()
+        header[name] = {"dtype": names[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, w in meta.items():
+            f.write(converted(tensors, name, w.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face's layout
+
+
+def open_hf(path: Path) -> Checkpoint:
+    """config.json, with the weights that transformers takes: one file, what an index names, or a set of shards."""
+    tensors = {}
+    for file, names in hf_files(path).items():
+        found = torch_tensors(path / file) if file.endswith(".bin") else safetensors_tensors(path / file)
+        for name, entry in found.items():
+            if name.endswith("rotary_emb.inv_freq"):  # older checkpoints store these; they are computed
+                continue
+            if names is not None and name not in names:
+                continue
+            if name in tensors:
+                raise UserError(f"{path / file}: {name} stands in another file too")
+            tensors[name] = entry
+    ckpt = Checkpoint(path, read_json(path / "config.json", dict), tensors)
+    read_beside(path, ckpt)
+    return ckpt
+
+
+def hf_files(path: Path) -> dict[str, set[str] | None]:
+    """The files that hold a directory's weights, each with the tensors that count in it (None: all), in transformers'
+    order: a single file of the usual name, an index, and the same for .bin. Shards without an index all count."""
+    for single, shards in (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")):
+        index = path / f"{single}.index.json"
+        if (path / single).exists():
+            return {single: None}
+        if index.exists():
+            files, weight_map = {}, read_json(index, dict).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: its weight_map is a {type(weight_map).__name__}, expected a dict")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise UserError(f"{index}: {name} lies in {file!r}, expected a file of this directory")
+                files.setdefault(file, set()).add(name)
+            return files
+        if found := sorted(path.glob(shards)):
+            return {file.name: None for file in found}
+    raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
+
+
+def write_hf(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor], max_shard_size: int) -> None:
+    path.mkdir()
+    shards, size = [[]], 0
+    for name, w in meta.items():
+        nbytes = w.numel() * w.element_size()
+        if size and size + nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_safetensors(path / file, ckpt, {name: meta[name] for name in names})
+        weight_map.update(dict.fromkeys(names, file))
+    write_hf_extras(path, ckpt, weight_map, meta)
+
+
+def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], meta: dict[str, Tensor]) -> None:
+    """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
+    dtype = str(meta["model.norm.weight"].dtype).removeprefix("torch.")
+    (path / "config.json").write_text(json.dumps({**ckpt.config, "torch_dtype": dtype}, indent=2) + "\n")
+    if len(set(weight_map.values())) > 1:
+        total = sum(meta[name].numel() * meta[name].element_size() for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_beside(path, ckpt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta's layout
+
+
+# params.json does not hold the training length; norm_eps tells LLaMA (2,048) from LLaMA-2 (4,096)
+META_LENGTH = {1e-6: 2048, 1e-5: 4096}
+META_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+}
+HF_NAMES = {hf: meta for meta, hf in META_NAMES.items()}
+
+
+def open_meta(path: Path) -> Checkpoint:
+    """params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
+    params = read_json(path / "params.json", dict)
+    files = sorted(path.glob("consolidated.*.pth"))
+    if not files:
+        raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
+    if params.get("use_scaled_rope"):  # its factor stands nowhere, and differs between LLaMA 3.1 and 3.2
+        raise UserError(f"{path}/params.json: use_scaled_rope is true; take the model's Hugging Face directory")
+    parts = [torch_state(file) for file in files]
+    try:
+        config = meta_to_hf(params, parts)
+        hidden_size, head_dim = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+        get = lambda name: join_parts([torch_state(file)[name] for file in files], name, hidden_size, head_dim)
+        tensors = {}
+        for name in parts[0]:
+            if name.endswith("rope.freqs"):  # computed, as Hugging Face's inv_freq
+                continue
+            meta = join_parts([part[name].to("meta") for part in parts], name, hidden_size, head_dim)
+            tensors[rename(name, META_NAMES)] = (meta, functools.partial(get, name))
+    except (KeyError, IndexError) as e:
+        raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
+    except (RuntimeError, TypeError, ZeroDivisionError) as e:
+        raise UserError(f"{path}: the parts do not fit together: {str(e).splitlines()[0]}") from None
+    ckpt = Checkpoint(path, config, tensors)
+    read_beside(path, ckpt)
+    if not ckpt.tokenizer and (path.parent / "tokenizer.model").exists():  # Meta's download has it there
+        ckpt.tokenizer = read_bytes(path.parent / "tokenizer.model")
+    return ckpt
+
+
+def meta_to_hf(params: dict, parts: list[dict[str, Tensor]]) -> dict:
+    """params.json under Hugging Face's keys; what it does not say is read off the matrices."""
+    return {
+        "model_type": "llama",
+        "vocab_size": len(parts[0]["output.weight"]) * len(parts),
+        "hidden_size": params["dim"],
+        "intermediate_size": len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "max_position_embeddings": params.get("max_seq_len") or META_LENGTH.get(params["norm_eps"], 4096),
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta", 10000.0),
+    }
+
+
+def hf_to_meta(config: dict) -> dict:
+    """Meta's params.json; UserError for what it cannot say. max_seq_len, a key of our own, is added where the training
+    length is not the one that norm_eps stands for."""
+    dim, width, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    unsaid = {"rope_scaling": config["rope_scaling"], "sliding_window": config.get("sliding_window")}
+    unsaid["head_dim"] = config["head_dim"] * heads != dim
+    for key, there in unsaid.items():
+        if there:
+            raise UserError(f"--layout meta: has no room for the model's {key}; --layout hf has")
+    params = {
+        "dim": dim,
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": config["num_key_value_heads"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config["rope_theta"],
+        "multiple_of": width & -width,  # the largest power of 2 that divides it
+    }
+    # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
+    plain = 8 * dim // 3
+    if math.ceil(plain / params["multiple_of"]) * params["multiple_of"] != width:
+        params["ffn_dim_multiplier"] = (width + 0.5) / plain
+    if config["max_position_embeddings"] != META_LENGTH.get(config["rms_norm_eps"], 4096):
+        params["max_seq_len"] = config["max_position_embeddings"]
+    return params
+
+
+def rename(name: str, names: dict[str, str]) -> str:
+    """A tensor's name in the other layout, by META_NAMES or HF_NAMES; one that is not there stays as it is."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    i = found[1] if found else ""
+    pattern = name.replace(f"layers.{i}.", "layers.{}.")
+    return names[pattern].format(i) if pattern in names else name
+
+
+def rotary_rows(w: Tensor, head_dim: int, to_hf: bool) -> Tensor:
+    """wq or wk with its rows reordered: Meta turns the pairs (x_0, x_1), (x_2, x_3), ..., Hugging Face (x_0, x_{d/2}),
+    (x_1, x_{d/2 + 1}), ..."""
+    pairs = (head_dim // 2, 2) if to_hf else (2, head_dim // 2)
+    return w.view(-1, *pairs, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def join_parts(parts: list[Tensor], name: str, hidden_size: int, head_dim: int) -> Tensor:
+    """One whole matrix from its model-parallel slices, rows reordered where Meta rotates neighbouring pairs."""
+    if parts[0].dim() == 1 or len(parts) == 1:  # norms are replicated
+        w = parts[0]
+    else:  # wo and w2 are cut along their input; embeddings too, but by rows since LLaMA-3
+        by_input = name.endswith(("wo.weight", "w2.weight")) or parts[0].shape[1] * len(parts) == hidden_size
+        w = torch.cat(parts, 1 if by_input else 0)
+    if name.endswith(("wq.weight", "wk.weight")):
+        w = rotary_rows(w, head_dim, to_hf=True)
+    return w
+
+
+def write_meta(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
+    """One part, the inverse of `open_meta`. Tied embeddings are written twice, as Meta's code asks."""
+    params = hf_to_meta(ckpt.config)
+    head_dim = ckpt.config["head_dim"]
+    sources = {rename(name, HF_NAMES): name for name in meta}
+    sources.setdefault("output.weight", "model.embed_tokens.weight")
+
+    def get(name: str) -> Tensor:
+        w = ckpt[sources[name]]
+        return rotary_rows(w, head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else w
+
+    tensors = {name: (meta[source], functools.partial(get, name)) for name, source in sources.items()}
+    path.mkdir()
+    part = Checkpoint(None, {}, tensors)
+    write_torch(path / "consolidated.00.pth", part, part.meta)
+    (path / "params.json").write_text(json.dumps(params) + "\n")
+    write_beside(path, ckpt)

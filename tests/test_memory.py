@@ -1,0 +1,204 @@
+"""bench/memory.py: what it counts is what a run takes, and what train.py would refuse it refuses."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_runs import PAPER, ROOT, script, trainings
+
+import train
+from bench import memory
+from data.checkpoint import UserError
+from model import PRESETS, Llama, LlamaConfig, save
+from spp import METHODS
+
+
+def write_data(folder: Path, lengths: list[int]) -> Path:
+    """Prepared data of examples that compute so many positions, half of each a prompt; nothing is held out."""
+    folder.mkdir()
+    for split, sizes in (("train", lengths), ("val", [])):
+        sizes = np.array(sizes, dtype=np.int64) + 1
+        np.save(folder / f"{split}.npy", np.arange(sizes.sum(), dtype=np.uint16) % 200)
+        np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *sizes]))
+        np.save(folder / f"{split}.prompt.npy", (sizes // 2).astype(np.int32))
+    return folder
+
+
+def needs(*flags) -> str:
+    """What bench/memory.py prints."""
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        patch.setattr(sys, "argv", ["memory.py", *map(str, flags)])
+        memory.main()
+    return text.getvalue()
+
+
+def settings(line: str) -> tuple:
+    """The flags of a line, as bench/memory.py has them when it counts, and the model's shapes."""
+    args = train.make_parser().parse_args(line.split())
+    args.processes = 1
+    train.fill_in(args, PRESETS[args.preset], None)
+    return args, train.build(args, PRESETS[args.preset])
+
+
+def together(text: str) -> float:
+    return float(re.search(r"together +([\d.]+) GiB", text)[1])
+
+
+@pytest.mark.stress
+def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path):
+    """Resident memory, without Python and PyTorch's own. malloc is told to give back what is freed: by itself it keeps
+    up to half as much again for later."""
+    save(Llama(LlamaConfig(8000, 1024, 2816, num_hidden_layers=4, num_attention_heads=8)), tmp_path / "pruned.pt")
+    data = write_data(tmp_path / "data", 6 * [512])
+    flags = ["--ckpt", tmp_path / "pruned.pt", "--data", data, "--out_dir", tmp_path / "run", "--device", "cpu"]
+    flags += ["--rank", 4, "--batch_size", 6, "--max_tokens", 3072, "--epochs", 1]
+    estimate = together(needs(*flags))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    code = "import torch, train; (torch.ones(999, 999) @ torch.ones(999, 999)); print(train.peak_memory('cpu'))"
+    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    line = [sys.executable, ROOT / "train.py", *flags]
+    done = subprocess.run([str(x) for x in line], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    peak = max(json.loads(line).get("peak_memory", 0) for line in lines)
+    assert (peak - int(alone.stdout)) / 2**30 == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "full"])
+def test_the_parts_of_one_process_add_up_to_the_peak_of_a_step(method):
+    line = f"--preset test --method {method} --dtype bfloat16" + " --sparsity 2:4" * (method == "dynamic")
+    args, model = settings(line)
+    peak = memory.simulate(args, model.config, 2, 32)[2]
+    parts = memory.estimate(args, model, 2, 32)
+    # beside them are the tokens, and the optimizer's counts of its steps
+    assert sum(parts.values()) == pytest.approx(peak, abs=1000) and peak > 500_000
+
+
+@pytest.mark.parametrize("flags", ["", "--activation_checkpointing", "--matmul chunked"])
+def test_a_deep_model_needs_what_its_first_layers_say(flags):
+    config = LlamaConfig(256, 32, 64, num_hidden_layers=9, num_attention_heads=4)
+    args, _ = settings(f"--preset test --dtype bfloat16 {flags}")
+    before, forward, peak = memory.simulate(args, config, 2, 32)
+    parts = memory.estimate(args, train.build(args, config), 2, 32)
+    assert parts["activations"] == forward - before
+    assert parts["gradients, temporaries"] == peak - forward
+
+
+def test_sharding_divides_what_is_held_and_leaves_two_blocks_and_the_rest_whole():
+    args, model = settings("--preset llama-7b --dtype bfloat16 --fsdp")
+    whole = memory.estimate(args, model, 1, 16)
+    args.processes = 8
+    shares = memory.estimate(args, model, 1, 16)
+    for name in ("frozen weights", "adapters", "optimizer"):
+        assert shares[name] == whole[name] // 8, name
+    assert shares["activations"] == whole["activations"]
+    c = PRESETS["llama-7b"]
+    linears = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
+    factors = 16 * (6 * c.hidden_size + c.intermediate_size) + 5 * c.hidden_size + 2 * c.intermediate_size
+    block = 2 * (linears + 2 * c.hidden_size) + 4 * factors  # bfloat16, and float32
+    rest = 2 * (2 * c.vocab_size * c.hidden_size + c.hidden_size)  # embed_tokens, lm_head and the last norm
+    assert shares["gradients, temporaries"] == whole["gradients, temporaries"] + 2 * block + rest
+
+
+def test_without_sharding_the_others_add_the_buckets_of_the_gradients():
+    args, model = settings("--preset test --dtype bfloat16")
+    alone = memory.estimate(args, model, 2, 32)
+    args.processes = 2
+    both = memory.estimate(args, model, 2, 32)
+    assert sum(both.values()) == sum(alone.values()) + alone["adapters"]
+
+
+def test_70b_on_8_processes_needs_no_weights(tmp_path):
+    line = [sys.executable, str(ROOT / "bench" / "memory.py"), "--preset", "llama-2-70b", "--dtype", "bfloat16"]
+    line += ["--fsdp", "--activation_checkpointing", "--processes", "8"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "106,332,160 (0.154%" in result.stdout and "no prepared data in data/alpaca" in result.stdout
+    frozen = float(re.search(r"frozen weights +([\d.]+) GiB", result.stdout)[1])
+    assert frozen == pytest.approx(68.98e9 * 2 / 8 / 2**30, rel=0.01)
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_training_of_every_script_fits_80_gb():
+    kinds = set()
+    for line in (line for number in PAPER for line in trainings(script(number))):
+        preset = Path(line[line.index("--ckpt") + 1]).parent.name
+        kinds.add((preset, *line[line.index("--data") + 2 : line.index("--out_dir")]))
+    assert len(kinds) > 10
+    for preset, *flags in sorted(kinds):
+        text = needs("--preset", preset, "--dtype", "bfloat16", "--processes", 8, "--data", "none", *flags)
+        assert together(text) * 2**30 < 80e9, (preset, flags)
+
+
+def test_with_data_it_says_how_long_the_run_is(tmp_path):
+    lengths = [10, 20, 30, 40] * 8
+    data = write_data(tmp_path / "data", lengths)
+    flags = ("--preset", "test", "--data", data, "--batch_size", 16, "--epochs", 1.5, "--max_tokens", 160)
+    text = needs(*flags)
+    assert re.search(r"steps +3 of 16 examples", text)
+    assert re.search(rf"target tokens +{sum(lengths) * 3 // 2:,}", text)
+    padding = float(re.search(r"estimated padding +([\d.]+)%", text)[1])
+    plan, padded = train.Plan(32, 16, 1, 0), 0
+    for step in range(2):
+        padded += train.padded_tokens(train.split_batch(plan[step], np.array(lengths), 160, 1), np.array(lengths))
+    assert padding == pytest.approx(100 * (1 - sum(lengths) / padded), abs=0.05)
+    rows, T = map(int, re.search(r"up to (\d+) x (\d+) tokens", text).groups())
+    assert rows * T <= 160 and T in lengths
+    masked = int(re.search(r"target tokens +([\d,]+)", needs(*flags, "--mask_prompt"))[1].replace(",", ""))
+    prompts = sum((length + 1) // 2 - 1 for length in lengths)  # the first token of an answer is predicted too
+    assert masked == (sum(lengths) - prompts) * 3 // 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--processes", 0), "--processes: expected at least 1, found 0"),
+        (("--processes", 33), "fewer examples than the 33 processes"),
+        (("--max_tokens", 20), "--max_tokens 20: the longest example"),
+        (("--method", "full", "--fsdp"), "--fsdp: .*--method full.* needs them whole"),
+        (("--method", "lora", "--no_beta"), "--no_beta: means nothing to --method lora"),
+        (("--method", "dynamic"), "needs --sparsity"),
+        (("--rank", 5), "--rank 5: does not divide"),
+        (("--ckpt", "nowhere.pt"), "--ckpt: not allowed with argument --preset"),
+    ],
+)
+def test_what_train_py_would_refuse_is_refused(tmp_path, flags, words):
+    data = write_data(tmp_path / "data", 32 * [40])
+    with pytest.raises(UserError, match=words):
+        needs("--preset", "test", "--data", data, *flags)
+
+
+def test_scaled_and_windowed_positions_need_what_plain_ones_do(tmp_path):
+    scaled = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    texts = []
+    for i, options in enumerate(({}, scaled, {"sliding_window": 64})):
+        config = LlamaConfig(256, 32, 64, num_hidden_layers=2, num_attention_heads=4, **options)
+        save(Llama(config), tmp_path / f"{i}.pt")
+        texts.append(needs("--ckpt", tmp_path / f"{i}.pt", "--data", tmp_path, "--rank", 4))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_no_device_is_asked_for():
+    """A GPU of another machine, say."""
+    assert needs("--preset", "test", "--device", "cuda") == needs("--preset", "test", "--device", "cpu")
+
+
+def test_counting_frees_what_is_dropped_and_counts_views_once():
+    with memory.LiveBytes() as live:
+        x = torch.zeros(1000)
+        view = x[:10].view(2, 5)
+        assert live.now == 4000
+        y = x + 1
+        del x, view
+        assert live.now == 4000 and live.peak == 8000
+        del y
+        assert live.now == 0
