@@ -17,6 +17,9 @@ of each choice. lm-eval's score of a choice is log p(continuation | context), su
                position p - 1
     acc        1 if the choice with the highest score is right (the first of equals), otherwise 0
     acc_norm   the same with score / characters of the choice
+    mc2        TruthfulQA's acc: the share of the right choices in the probability of all
+
+What a file names as its `metrics` is reported, as far as it is computed here; the rest is named and left out.
 
 lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
 common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
@@ -54,6 +57,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +98,19 @@ from model import (
 )
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
+MMLU = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+    college_computer_science college_mathematics college_medicine college_physics computer_security
+    conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts
+    high_school_biology high_school_chemistry high_school_computer_science high_school_european_history
+    high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics
+    high_school_microeconomics high_school_physics high_school_psychology high_school_statistics
+    high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence
+    logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes
+    moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine
+    professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions
+""".split()
+AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stands among the results and is no task
 
 # ----------------------------------------------------------------------------------------------------------------------
 # read: lm-eval's samples
@@ -106,6 +123,8 @@ class Document:
     record: dict  # as lm-eval wrote it
     pairs: list[tuple[str, str | None]]  # (context, continuation) of each choice; of a rolling task one (text, None)
     gold: set[int]  # indices of the right choices; an index that is no choice's is never right
+    delimiter: str = " "  # the white space that lm-eval puts before every choice of the task
+    mc2: bool = False  # whether acc is TruthfulQA's: how much of the probability the right choices have
 
     @property
     def rolling(self) -> bool:
@@ -114,7 +133,8 @@ class Document:
     @property
     def mutual_info(self) -> bool:
         """Whether every choice comes once more, after an empty context, for lm-eval's acc_mutual_info."""
-        return "acc_mutual_info" in self.record
+        wanted = self.record.get("metrics")  # since 0.4.7; what was computed stands in the record always
+        return "acc_mutual_info" in self.record or isinstance(wanted, list) and "acc_mutual_info" in wanted
 
     @property
     def n_choices(self) -> int:
@@ -122,8 +142,21 @@ class Document:
 
     @property
     def choices(self) -> list[str]:
-        """The choices without the delimiter, a space, that lm-eval puts before them."""
-        return [continuation.removeprefix(" ") for _, continuation in self.pairs[: self.n_choices]]
+        """The choices without the delimiter."""
+        return [continuation.removeprefix(self.delimiter) for _, continuation in self.pairs[: self.n_choices]]
+
+    @property
+    def metrics(self) -> tuple[list[str], list[str]]:
+        """Of the metrics that the record names (all, where it names none): those computed here, and the others."""
+        computed = ["acc", "acc_norm", "acc_bytes"] + ["acc_mutual_info"] * self.mutual_info
+        if self.mc2:
+            computed = ["acc"]
+        if self.rolling:
+            computed = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+        wanted = self.record.get("metrics")
+        if not isinstance(wanted, list):
+            return computed, []
+        return [m for m in computed if m in wanted], [str(m) for m in wanted if m not in computed]
 
     @property
     def page(self) -> str:
@@ -137,18 +170,33 @@ def read_task(path: str | Path) -> tuple[str, list[Document]]:
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no sample")
-    documents, seen = [], set()
+    documents, places, seen = [], [], {}
     for where, record in records:
-        doc_id = str(record.get("doc_id", where))
-        if doc_id not in seen:  # a task with several filters logs each document once for each of them
+        # A task with several filters logs each document once for each of them, with nothing else changed.
+        doc_id, logged_by = str(record.get("doc_id", where)), record.get("filter")
+        same = [record.get(key) for key in ("doc_hash", "doc", "arguments")]
+        before, filters = seen.setdefault(doc_id, (same, []))
+        if same != before or (logged_by is not None and logged_by in filters):
+            raise UserError(f"{where} has the doc_id {doc_id:.40} of another line: two files were put together")
+        if not filters:
             documents.append(read_document(record, where))
-            seen.add(doc_id)
+            places.append(where)
+        filters.append(logged_by)
         first = documents[0]
-        if record["doc"].keys() != first.record["doc"].keys() or documents[-1].rolling != first.rolling:
+        kind = [(r["doc"].keys(), r.get("metrics")) for r in (record, first.record)]
+        if record is documents[-1].record and (kind[0] != kind[1] or documents[-1].rolling != first.rolling):
             raise UserError(f"{where} is of another task than the first; give each task a file of its own")
     if documents[0].rolling and not any(document.page for document in documents):
         raise UserError(f"{path}: holds no text")
     name = re.sub(r"_\d{4}-\d\d-\d\dT.*$", "", path.stem.removeprefix("samples_"))
+    if not documents[0].rolling:
+        read_delimiter(documents)
+        read_gold(documents, places, is_mc2(name, documents, path))
+    computed, others = documents[0].metrics
+    if not computed:
+        raise UserError(f"{path}: is scored by {', '.join(others) or 'no metric'}, which is not computed here")
+    for document, where in zip(documents, places, strict=True):
+        check_logged(document, where)
     return name, documents
 
 
@@ -188,7 +236,8 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_document(record: dict, where: str) -> Document:
-    """A Document from lm-eval's record. UserError, beginning with `where`, for what cannot be scored."""
+    """A Document from lm-eval's record, its right choices still to be read. UserError, beginning with `where`, for what
+    cannot be scored."""
     document = Document(record, read_pairs(record["arguments"], where), set())
     if document.rolling:
         if not is_text(document.page):
@@ -200,7 +249,6 @@ def read_document(record: dict, where: str) -> Document:
     listed = listed.get("text") if isinstance(listed, dict) else listed
     if isinstance(listed, list) and len(listed) > document.n_choices:
         raise UserError(f"{where}: has {document.n_choices} choices, its document {len(listed)}: a choice was lost")
-    document.gold = read_gold(document, where)
     return document
 
 
@@ -232,28 +280,103 @@ def is_text(x: Any) -> bool:
     return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
 
 
-def read_gold(document: Document, where: str) -> set[int]:
-    """The right choices, from `target`: an index, a choice's text, or a list of either; see the notes inline."""
-    choices, target = document.choices, document.record.get("target")
-    if len({context for context, _ in document.pairs}) > 1 and len(set(choices)) == 1:
-        answer = document.record["doc"].get("answer")  # WinoGrande: contexts differ, and target is the continuation
-        if str(answer) not in ("1", "2"):
-            raise UserError(f"{where}: contexts differ, and its document's `answer` is {answer!r}, expected 1 or 2")
-        return {int(answer) - 1}
+def read_delimiter(documents: list[Document]) -> None:
+    """Sets the delimiter of a task's choices: the white space that all of its continuations begin with."""
+    # without acc_mutual_info's second half, which some versions write without the delimiter
+    texts = [continuation for document in documents for _, continuation in document.pairs[: document.n_choices]]
+    blanks = [text[: len(text) - len(text.lstrip())] for text in texts]
+    for document in documents:
+        document.delimiter = blanks[0][: common_prefix(blanks)]
+
+
+def is_mc2(name: str, documents: list[Document], path: Path) -> bool:
+    """Whether a task is TruthfulQA's with several right choices. Its documents hold the choices of both its tasks, and
+    lm-eval logs the same target and metrics for both. UserError where neither the choices nor the name tell."""
+    lists = [[d.record["doc"].get(f"{kind}_targets") for d in documents] for kind in ("mc1", "mc2")]
+    mc1, mc2 = (
+        all(isinstance(x, dict) and x.get("choices") == d.choices for x, d in zip(targets, documents, strict=True))
+        for targets in lists
+    )
+    if mc2 and mc1 and "mc1" not in name and "mc2" not in name:
+        raise UserError(f"{path}: is of truthfulqa_mc1 or of truthfulqa_mc2; name the file samples_TASK.jsonl")
+    if "mc2" in name and not mc2:
+        raise UserError(f"{path}: its acc is the share of the right choices, and its documents have no mc2_targets")
+    return mc2 and ("mc2" in name or not mc1)
+
+
+def read_gold(documents: list[Document], places: list[str], mc2: bool) -> None:
+    """Sets the right choices of a task's documents from their `target`, or where that does not hold them, from `doc`.
+
+    Since 0.4.4 `target` is text: "1" may be an index or a choice. Which of the two is decided for the whole file: where
+    every target is a whole number within its choices, they are indices, even if a choice has the same text.
+    """
+    targets = []  # of documents whose gold is to be read from it: (document, target, its place)
+    for document, where in zip(documents, places, strict=True):
+        document.mc2 = mc2
+        doc, choices = document.record["doc"], document.choices
+        if mc2:
+            labels = doc["mc2_targets"].get("labels")
+            if not isinstance(labels, list) or len(labels) != len(choices) or 1 not in labels:
+                raise UserError(f"{where}: its mc2_targets have no `labels` that name the right ones of its choices")
+            document.gold = {i for i, label in enumerate(labels) if label == 1}
+        elif len({context for context, _ in document.pairs}) > 1 and len(set(choices)) == 1:
+            # WinoGrande: contexts differ, and target is what follows both
+            if str(doc.get("answer")) not in ("1", "2"):
+                raise UserError(f"{where}: contexts differ, and its document's `answer` is not 1 or 2")
+            document.gold = {int(doc["answer"]) - 1}
+        else:
+            targets.append((document, read_target(document, where)))
+
+    texts = [(document.choices, target) for document, target in targets if isinstance(target, str)]
+    numbers = all(re.fullmatch(r"-?[0-9]{1,9}", target) for _, target in texts)
+    within = numbers and all(0 <= int(target) < len(choices) for choices, target in texts)
+    found = [target in choices for choices, target in texts]
+    booleans = all(target in ("True", "False") and len(choices) == 2 for choices, target in texts)
+    for document, target in targets:
+        if isinstance(target, str) and (within or (numbers and not any(found))):
+            target = int(target)
+        if isinstance(target, str) and booleans and not all(found):  # no choices are called True and False
+            target = int(target == "True")
+        wanted = target if isinstance(target, list) else [target]
+        document.gold = {x if isinstance(x, int) else index_of(x, document.choices) for x in wanted}
+
+
+def read_target(document: Document, where: str) -> str | int | list:
+    """The `target` of a record: a text, a number (as it was until 0.4.3), or a list of either."""
+    target = document.record.get("target")
     if target is None or target == "":
         raise UserError(f"{where}: has no `target`: no gold answer")
-    if isinstance(target, str) and target.startswith("[") and target not in choices:
+    if isinstance(target, str) and target.startswith("[") and target not in document.choices:
         try:
             target = ast.literal_eval(target)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
             raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
+    if not all(isinstance(x, str | int) for x in (target if isinstance(target, list) else [target])):
+        raise UserError(f"{where}: target {str(target)[:80]!r} is neither an index nor a text, nor a list of them")
+    return target
 
-    def index(x: Any) -> int:
-        if isinstance(x, str) and x in choices:  # "2" may be a choice's text
-            return choices.index(x)
-        return int(x) if re.fullmatch(r"-?\d{1,9}", str(x)) else -100  # a text that is no choice: never right
 
-    return {index(x) for x in (target if isinstance(target, list) else [target])}
+def index_of(text: str, choices: list[str]) -> int:
+    """The place of a text among the choices; -100, as lm-eval has it, for one that is none: it is never right."""
+    if text not in choices:  # what begins every choice with a space of its own counts as delimiter
+        text, choices = text.lstrip(), [choice.lstrip() for choice in choices]
+    return choices.index(text) if text in choices else -100
+
+
+def check_logged(document: Document, where: str) -> None:
+    """UserError where a document's logged acc does not follow from the scores logged with it: then the task is scored
+    by a rule of its own, or its right choices are others than those read here."""
+    record = document.record
+    theirs, resps = record.get("acc"), record.get("filtered_resps")
+    try:
+        scores = [(float(value), False) for value, _ in resps]
+    except (TypeError, ValueError):  # nothing was logged, or in another shape
+        return
+    if len(scores) != len(document.pairs) or not all(math.isfinite(value) for value, _ in scores):
+        return
+    ours = document_metrics(document, scores).get("acc")
+    if ours is not None and isinstance(theirs, int | float) and abs(ours - theirs) > 1e-4:
+        raise UserError(f"{where}: its logged acc is {theirs:g}; by the rules known here its scores give {ours:g}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +402,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: 
     t = tokenizer.encode(context + continuation)[len(c) :]
     if not t:
         raise UserError(f"the choice {continuation!r} after {context[-40:]!r} has no tokens: nothing can be scored")
-    if add_bos or not c:  # without a context BOS predicts the first token
+    if not c and t[0] == tokenizer.bos and len(t) > 1:  # written as text, "<s>" is the context
+        c, t = t[:1], t[1:]
+    # Without a context BOS predicts the first token; a chat template has written its own.
+    if not c or (add_bos and c[0] != bos_id(tokenizer)):
         c = [bos_id(tokenizer), *c]
     # The last target is predicted, but predicts nothing: it is no input. What does not fit goes from the left.
     return (c + t)[-(max_len + 1) :][:-1], t[-max_len:]
@@ -493,10 +619,13 @@ def argmax(values: list[float]) -> int:
 
 
 def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
-    """lm-eval's metrics of one document, each 0.0 or 1.0."""
+    """Those of lm-eval's metrics of one document that its record names: each 0.0 or 1.0, but for mc2."""
     n, texts = document.n_choices, document.choices
     values = [value for value, _ in scores]
     conditional, unconditional = values[:n], values[n:]
+    if document.mc2:
+        p = [math.exp(value - max(values)) for value in values]  # so that long choices do not all become 0
+        return {"acc": sum(p[i] for i in document.gold) / sum(p)}
     chosen = {
         "acc": argmax(conditional),
         "acc_norm": argmax([v / max(1, len(text)) for v, text in zip(conditional, texts, strict=True)]),
@@ -504,19 +633,21 @@ def document_metrics(document: Document, scores: list[Score]) -> dict[str, float
     }
     if document.mutual_info:
         chosen["acc_mutual_info"] = argmax([a - b for a, b in zip(conditional, unconditional, strict=True)])
-    return {metric: float(choice in document.gold) for metric, choice in chosen.items()}
+    computed, _ = document.metrics
+    return {metric: float(chosen[metric] in document.gold) for metric in computed}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error of values that are 0 or 1. A single value has no error."""
-    n, p = len(values), sum(values) / len(values)
-    return p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
+    """Mean and standard error: of values that are 0 or 1, sqrt(p (1 - p) / (n - 1)). A single value has no error."""
+    n, mean = len(values), sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (n - 1) / n) if n > 1 else None
 
 
 def summarise(metrics: list[dict[str, float]]) -> dict:
     """A task's results from its documents' metrics: the mean and the standard error of each, and n."""
     result = {}
-    for metric in metrics[0]:
+    for metric in metrics[0]:  # of one task: all documents have the same
         result[metric], result[f"{metric}_stderr"] = mean_and_error([m[metric] for m in metrics])
     result["n"] = len(metrics)
     return result
@@ -548,7 +679,8 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
     out = {}
     if all(task in results for task in SEVEN):
         out["average of seven"] = {"acc": sum(results[task]["acc"] for task in SEVEN) / 7, "n": 7}
-    subjects = [r for task, r in results.items() if task.startswith("mmlu_")]
+    # mmlu_pro, mmlu_flan, mmlu_continuation and global_mmlu are other tasks, and lm-eval has averages of their own.
+    subjects = [results[f"mmlu_{subject}"] for subject in MMLU if f"mmlu_{subject}" in results]
     if len(subjects) > 1:
         k, N = len(subjects), sum(r["n"] for r in subjects)
         acc = sum(r["acc"] * r["n"] for r in subjects) / N
@@ -593,7 +725,9 @@ def run_rolling(
     bos = bos_id(tokenizer)
     windows = []
     for d in documents:
-        tokens = [bos] * add_bos + tokenizer.encode(d.pairs[0][0])  # lm-eval predicts the added BOS too
+        tokens = tokenizer.encode(d.pairs[0][0])
+        if add_bos and tokens[:1] != [bos]:
+            tokens = [bos, *tokens]  # lm-eval predicts the added BOS too
         windows.append(rolling_windows(tokens, bos, model.config.max_position_embeddings))
     scores, n_tokens = score(model, [[window] for ws in windows for window in ws], max_tokens, False, name)
     log_p, start = [], 0
@@ -685,9 +819,6 @@ def log_samples(path: Path, documents: list[Document], scores: list[list[Score]]
         for document, s in zip(documents, scores, strict=True):
             resps = [str(value) if document.rolling else [str(value), str(hit)] for value, hit in s]
             metrics = {} if document.rolling else document_metrics(document, s)
-            wanted = document.record.get("metrics")
-            if isinstance(wanted, list):
-                metrics = {metric: value for metric, value in metrics.items() if metric in wanted}
             record = {**document.record, "resps": [[r] for r in resps], "filtered_resps": resps, **metrics}
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -777,6 +908,8 @@ def main() -> None:
     if tokenizer is None:
         raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
     seqlen = args.seqlen or config.max_position_embeddings
+    if seqlen is None:
+        raise UserError(f"--ckpt {args.ckpt}: does not tell the length that it was trained on; give it by --seqlen")
     texts = read_texts(args.ppl, tokenizer, seqlen)
 
     # --- the processes, and the folder OUT.partial, in which rank 0 alone reads and writes
@@ -789,10 +922,15 @@ def main() -> None:
     if world > 1:
         dist.broadcast_object_list(shared)  # so that all of them leave out the same tasks
     fingerprint, finished = shared
+    limit = config.max_position_embeddings
+    if rank == 0 and args.ppl and limit is not None and limit < seqlen:
+        print(f"note: --seqlen {seqlen}: is more than the model's {limit} positions", file=sys.stderr)
 
     # --- the model
     model, _ = load(args.ckpt, getattr(torch, args.dtype) if args.dtype else None, args.device)
     model.requires_grad_(False)
+    if model.config.max_position_embeddings is None:
+        model.config.max_position_embeddings = seqlen  # to which contexts of --tasks are cut, too
     sparsity = share_of_zeros(model)
     head = {"ckpt": args.ckpt, "history": model.history, "sparsity": sparsity, "add_bos": args.add_bos}
     if args.semi_structured:
@@ -801,7 +939,7 @@ def main() -> None:
     # --- its results, each of which is kept once it is there. What a result depends on is its key; neither --max_tokens
     # nor --device is a part of it: when memory runs out, another one may go on.
     flags = [args.dtype, args.no_sharing, args.semi_structured, args.log_samples]
-    settings = [head, fingerprint, tokenizer.fingerprint, flags]
+    settings = [head, fingerprint, tokenizer.fingerprint, flags, model.config.max_position_embeddings]
     results, ppl = {}, {}
     for name, documents in tasks.items():
         key = digest(settings, name, [d.record for d in documents])
@@ -828,6 +966,10 @@ def main() -> None:
         write_json(args.out, {"version": VERSION, **head, "results": results, "perplexity": ppl})
         shutil.rmtree(work, ignore_errors=True)
         print(table(results, ppl))
+        for name, documents in tasks.items():
+            _, others = documents[0].metrics
+            if others:
+                print(f"{name}: {', '.join(others)} is not computed here, and left out")
         print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
     if world > 1:
         dist.destroy_process_group()

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import DTYPES, Checkpoint, UserError, check_out, open_checkpoint, travels, write_checkpoint
+from data.checkpoint import DTYPES, Checkpoint, UserError, cast, check_out, open_checkpoint, travels, write_checkpoint
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None  # shared by groups of query heads; None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048  # the longest sequence that it was trained on
+    max_position_embeddings: int | None = 2048  # the longest sequence that it was trained on; None: nothing tells
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "dynamic" | "llama3", "factor": ..., ...}
@@ -75,15 +75,32 @@ class LlamaConfig:
 
 
 LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+LLAMA3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+LLAMA3_2 = {**LLAMA3, "max_position_embeddings": 131072, "tie_word_embeddings": True}
+LLAMA3_2["rope_scaling"] = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SMOLLM2 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 PRESETS = {
-    # vocabulary, width, MLP, layers, heads
+    # vocabulary, width, MLP, layers, heads, key-value heads where they are fewer
     "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32),
     "llama-13b": LlamaConfig(32000, 5120, 13824, 40, 40),
     "llama-30b": LlamaConfig(32000, 6656, 17920, 60, 52),
-    "llama-65b": LlamaConfig(32000, 8192, 22016, 80, 64),
+    "llama-65b": LlamaConfig(32000, 8192, 22016, 80, 64, rms_norm_eps=1e-5),
     "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, **LLAMA2),
     "llama-2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, **LLAMA2),
-    "llama-2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, num_key_value_heads=8, **LLAMA2),
+    "llama-2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, **LLAMA2),
+    "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, **LLAMA3),
+    "llama-3-70b": LlamaConfig(128256, 8192, 28672, 80, 64, 8, **LLAMA3),
+    "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, **LLAMA3_2),
+    "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, **LLAMA3_2),
+    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, rope_theta=100000.0, **SMOLLM2),
+    "smollm2-360m": LlamaConfig(49152, 960, 2560, 32, 15, 5, rope_theta=100000.0, **SMOLLM2),
+    "smollm2-1.7b": LlamaConfig(49152, 2048, 8192, 24, 32, rope_theta=130000.0, **SMOLLM2),
     # what `make demo` pretrains in two minutes, and what the tests use
     "demo": LlamaConfig(1024, 96, 256, 4, 4, max_position_embeddings=256, rms_norm_eps=1e-5),
     "test": LlamaConfig(256, 32, 64, 2, 4, num_key_value_heads=2, max_position_embeddings=128),
@@ -338,8 +355,49 @@ def cut_into_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 # a checkpoint as a LLaMA
 
 
-# Settings of other families, or of LLaMA's relatives: refused unless they say what LLaMA does anyway
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# Settings of other families, or of LLaMA's relatives, each with what LLaMA does anyway: refused where they say anything
+# else (null and an absent key are LLaMA's, always)
+PLAIN = {
+    "hidden_act": ("silu", "swish"),
+    # biases
+    "attention_bias": (False,),
+    "attention_out_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "use_bias": (False,),
+    # positions: which part of a head is turned, in which layers
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rope_interleaved": (False,),
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": (0,),
+    "alibi": (False,),
+    # attention: windows, norms of queries and keys, scales and caps of the scores
+    "use_sliding_window": (False,),
+    "qk_norm": (False,),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "clip_qkv": (),
+    "attn_logit_softcapping": (),
+    "attn_temperature_tuning": (False,),
+    "attention_multiplier": (),  # 1 / sqrt(head_dim) is LLaMA's; added where head_dim is known
+    "query_pre_attn_scalar": (),  # head_dim is LLaMA's
+    # scales of what passes
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "final_logit_softcapping": (),
+    "scale_emb": (1,),
+    # blocks: experts, and what runs beside what
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "use_parallel_residual": (False,),
+    # weights that are stored or multiplied in another form
+    "pretraining_tp": (0, 1),
+    "compression_config": (),
+}
 
 # What each kind of rope scaling needs
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -356,6 +414,10 @@ def config_to_dict(config: LlamaConfig) -> dict:
     if config.sliding_window is None:
         del values["sliding_window"]
         family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if config.max_position_embeddings is None:
+        # transformers takes no null, and has a length of its own where the key is absent: a key of ours says it
+        del values["max_position_embeddings"]
+        values["max_seq_len"] = None
     return {**family, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **values}
 
 
@@ -369,12 +431,14 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
 
     positive = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
     check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
-    for key, plain in PLAIN.items():
-        check(key, values.get(key, plain) in (plain, None), f"{plain!r}, as LLaMA's")
+    check_stored_dense(values.get("quantization_config"), f"{source}: config: quantization_config")
     fields = dataclasses.fields(LlamaConfig)
     nullable = [field.name for field in fields if field.default is None]  # null is as good as absent
     absent = [key for key in nullable if values.get(key) is None]
     given = {field.name: values[field.name] for field in fields if field.name in values.keys() - absent}
+    unknown_length = "max_seq_len" in values and values.get("max_position_embeddings") is None
+    if unknown_length:
+        given["max_position_embeddings"] = values["max_seq_len"]  # our own key: see `config_to_dict`
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if key not in given:
             raise UserError(f"{source}: config: has no {key}")
@@ -386,6 +450,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
     for field in fields:
         key, x = field.name, given.get(field.name)
         if key == "rope_scaling" or key not in given or (x is None and key in nullable):
+            continue
+        if key == "max_position_embeddings" and x is None and unknown_length:
             continue
         if field.type is bool:
             check(key, type(x) is bool, "true or false")
@@ -400,12 +466,37 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         numbers = all(positive(scaling.get(key), int, float) for key in needed)
         check("rope_scaling", numbers, f"{', '.join(needed)} above 0")
         given["rope_scaling"] = {key: scaling[key] for key in ("rope_type", *needed)}
+        dynamic = scaling["rope_type"] == "dynamic"  # which stretches what is beyond the training length
+        if dynamic and unknown_length:
+            raise UserError(f"{source}: config: has no max_position_embeddings, which a dynamic rope_scaling needs")
     heads = given["num_attention_heads"]
     config = LlamaConfig(**given)
     check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
     check("num_attention_heads", heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
     check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
+    of_head = {"attention_multiplier": (config.head_dim**-0.5,), "query_pre_attn_scalar": (config.head_dim,)}
+    for key, plain in {**PLAIN, **of_head}.items():
+        expected = " or ".join(repr(x) for x in plain) or "none of it"
+        check(key, values.get(key) is None or values[key] in plain, f"{expected}, as LLaMA's")
+    layer_types = values.get("layer_types") or []
+    check("layer_types", all(kind == "full_attention" for kind in layer_types), "'full_attention' alone, as LLaMA's")
     return config
+
+
+def check_stored_dense(quantization: Any, where: str) -> None:
+    """UserError for a quantization_config, which begins with `where`, unless it says that no weight is quantized and
+    that sparse ones are stored with their zeros, as llm-compressor can leave a 2:4 model."""
+    if quantization is None:
+        return
+    about = quantization if isinstance(quantization, dict) else {}
+    sparse = about.get("sparsity_config")
+    groups = about.get("config_groups") or about.get("kv_cache_scheme")
+    if isinstance(sparse, dict) and sparse.get("format") == "dense" and not groups:
+        return
+    method = about.get("quant_method") or "an unknown method"
+    raise UserError(
+        f"{where}: its weights are stored by {method!r:.80}, expected plain ones; decompress the model first"
+    )
 
 
 def rope_settings(values: dict) -> tuple[Any, Any]:
@@ -468,7 +559,9 @@ def common_dtype(ckpt: Checkpoint) -> torch.dtype:
     dtypes = {w.dtype for w in ckpt.meta.values()}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(f"{ckpt.path}: holds weights of several dtypes ({names}); choose one with --dtype")
+        raise UserError(
+            f"{ckpt.path}: holds weights of several dtypes ({names}); choose one with --dtype (of model.py, or here)"
+        )
     return dtypes.pop()
 
 
@@ -483,7 +576,7 @@ def load(
     dtype = dtype or common_dtype(ckpt)
     with torch.device("meta"):
         model = Llama(config)
-    state = {name: w.to(device, dtype) for name, w in ckpt.items()}
+    state = {name: cast(w, dtype, name).to(device) for name, w in ckpt.items()}
     model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
     model.tie_weights()
     model.history = ckpt.history
@@ -560,9 +653,12 @@ def print_description(info: dict) -> None:
     """Prints what `describe` returned on one screen."""
     c = info["config"]
     print(f"{info['family']}: {info['parameters']:,} parameters, {info['dtype']}, {info['bytes'] / 1e9:.3f} GB")
+    positions = "an unknown number of"
+    if c["max_position_embeddings"] is not None:
+        positions = f"{c['max_position_embeddings']:,}"
     heads = f"{c['num_attention_heads']} heads ({c['num_key_value_heads']} key-value)"
     print(f"{c['num_hidden_layers']} layers of {c['hidden_size']} / {c['intermediate_size']}, {heads}, ", end="")
-    print(f"vocabulary {c['vocab_size']:,}, {c['max_position_embeddings']:,} positions")
+    print(f"vocabulary {c['vocab_size']:,}, {positions} positions")
     for kind, line in info["linears"].items():
         print(f"  {kind:<10} {100 * line['sparsity']:6.2f}% zeros   {line['pattern'] or ''}")
     for step in info["history"]:
@@ -702,7 +798,13 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
     except KeyboardInterrupt:
         tell("interrupted")
         sys.exit(130)
+    except OSError as e:  # a full disk under the log of a run, for one
+        tell(f"error: {e.filename or 'a file'}: {e.strerror or e}")
+        sys.exit(2)
     except RuntimeError as e:
+        if isinstance(e, dist.DistError) or re.search("Connection (reset|closed) by peer", str(e)):
+            tell("another process of this run has ended; what it said, or the system's log, says why")
+            os._exit(1)  # a tidy exit would wait for that process
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
         tell(f"error: out of memory ({str(e).splitlines()[0]:.100}); what helps: {out_of_memory}")
@@ -748,8 +850,9 @@ def complete(
     if not tokens:
         raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
     model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
-    if len(tokens) + n > model.config.max_position_embeddings:
-        print(f"note: the model was trained on {model.config.max_position_embeddings} tokens at most", file=sys.stderr)
+    positions = model.config.max_position_embeddings
+    if positions is not None and positions < len(tokens) + n:
+        print(f"note: the model was trained on {positions} tokens at most", file=sys.stderr)
     new = generate(model, tokens, n, temperature, top_p, tokenizer.eos)
     return tokenizer.decode(prompt_tokens + [token for token in new if token not in tokenizer.eos])
 
@@ -778,8 +881,10 @@ def main() -> None:
         raise UserError("--json: is for --info")
     if args.out:
         check_out(args.out, inputs=[args.ckpt])
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     ckpt, config = open_llama(args.ckpt)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.out and dtype is None:
+        dtype = common_dtype(ckpt)
     if args.info:
         info = describe(ckpt, config)
         if args.json:

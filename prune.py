@@ -32,6 +32,8 @@ OUT.partial. When a run is killed, the same command goes on at its first unfinis
 
 What differs from the official codes (Wanda 8e8fc87, SparseGPT 147d215, DSnoT 4c029df): exactly the number of weights
 that was asked for is removed, by rank. Their threshold, `<= sorted[k]`, removes one more, and all that tie with it.
+And a weight that is 0 already stays 0, so that a sparse model can be pruned further in steps: with Wanda and magnitude
+that is so by itself, their lowest score being 0, but the official SparseGPT's updates bring zeros back.
 """
 
 import argparse
@@ -53,6 +55,7 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
+    cast,
     check_out,
     digest,
     lock,
@@ -94,15 +97,21 @@ GROUPS = {
 SAMPLE = 256  # calibration tokens on which the report measures output errors
 
 Sparsity = float | tuple[int, int]  # the share of zeros, or (N, M)
+ByName = list[tuple[str, Sparsity]]  # what the linears of a name have; "" names those that no other entry does
 Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 
 
-def parse_sparsity(text: str | Sparsity) -> Sparsity:
+def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
     """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
-    they are. UserError for the rest."""
+    they are. "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
     if isinstance(text, tuple):
         text = ":".join(map(str, text))
     text = str(text)
+    if "=" in text:
+        pairs = [entry.rpartition("=")[::2] for entry in text.split(",")]
+        if [name for name, _ in pairs].count("") > 1:
+            raise UserError(f"--sparsity {text}: expected one entry without a name, for all other linears, at most")
+        return [(name.strip(), parse_sparsity(value.strip())) for name, value in pairs]
     try:
         if ":" in text:
             n, m = (int(part) for part in text.split(":"))
@@ -115,9 +124,27 @@ def parse_sparsity(text: str | Sparsity) -> Sparsity:
     raise UserError(f"--sparsity {text}: expected a share of zeros such as 0.5, or N:M such as 2:4 (2 kept of 4)")
 
 
-def format_sparsity(sparsity: Sparsity) -> str:
+def format_sparsity(sparsity: Sparsity | ByName) -> str:
     """The inverse of `parse_sparsity`: (2, 4) -> "2:4"."""
+    if isinstance(sparsity, list):
+        return ",".join(f"{name}={format_sparsity(s)}".removeprefix("=") for name, s in sparsity)
     return ":".join(map(str, sparsity)) if isinstance(sparsity, tuple) else str(sparsity)
+
+
+def sparsity_of_linear(sparsity: Sparsity | ByName | Callable[[str], Sparsity], linear: str) -> Sparsity:
+    """What the linear of this full name has: the last entry whose name is a part of it, between dots. UserError where
+    there is none."""
+    if callable(sparsity):
+        return sparsity(linear)
+    if not isinstance(sparsity, list):
+        return sparsity
+    named = [s for name, s in sparsity if name and f".{name}." in f".{linear}."]
+    fitting = [s for name, s in sparsity if not name] + named
+    if not fitting:
+        raise UserError(
+            f"--sparsity {format_sparsity(sparsity)}: says nothing of {linear}, and has no entry for the rest"
+        )
+    return fitting[-1]
 
 
 @dataclasses.dataclass
@@ -125,7 +152,8 @@ class Settings:
     """How to prune. UserError for a method that is none of METHODS."""
 
     method: str = "wanda"
-    sparsity: Sparsity | Callable[[str], Sparsity] = 0.5  # or a function of a linear's name, "layers.3.mlp.up_proj"
+    # or a function of a linear's name, "layers.3.mlp.up_proj"
+    sparsity: Sparsity | ByName | Callable[[str], Sparsity] = 0.5
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
@@ -161,13 +189,14 @@ def prune_model(
 ) -> list[dict]:
     """Prunes the seven linears of every block of a loaded model, in place. Returns a report of each linear.
 
-    calib: token ids (nsamples, seqlen), an array or a tensor. sparsity: "0.5", "2:4", 0.5, (2, 4), or a function from a
-    linear's name ("layers.3.mlp.up_proj") to 0.5 or (2, 4). dsnot_cycles: the swaps of DSnoT, 0 for none. A line of the
-    report has the linear's name ("layer"), its zeros, its size, and the relative change of its output ("error"). What
-    was done is added to the model's history.
+    calib: token ids (nsamples, seqlen), an array or a tensor. sparsity: "0.5", "2:4", "mlp=0.6,2:4", 0.5, (2, 4), or a
+    function from a linear's name ("layers.3.mlp.up_proj") to 0.5 or (2, 4). dsnot_cycles: the swaps of DSnoT, 0 for
+    none. A line of the report has the linear's name ("layer"), its zeros, its size, and the relative change of its
+    output ("error"). What was done is added to the model's history.
     UserError for a method, sparsity or token that is none, and for weights or activations that hold NaN or Inf.
     """
     pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
+    check_pattern(pattern, model.config)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)
@@ -213,11 +242,7 @@ def prune_block(
         for name in names:
             linear = block.get_submodule(name)
             full_name = f"layers.{i}.{name}"
-            sparsity = settings.sparsity
-            if callable(sparsity):
-                sparsity = sparsity(full_name)
-            if isinstance(sparsity, tuple) and linear.in_features % sparsity[1]:
-                raise UserError(f"{full_name}: {linear.in_features} columns are no multiple of M = {sparsity[1]}")
+            sparsity = sparsity_of_linear(settings.sparsity, full_name)
             swapped = name.startswith("self_attn")  # by DSnoT, whose official code leaves the MLP's masks alone
             report.append({"layer": full_name, **prune_linear(linear, s, sparsity, settings, swapped)})
         del s  # the last name of its Hessian
@@ -358,23 +383,33 @@ def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
     return score
 
 
-def check_pattern(sparsity: Sparsity, config: LlamaConfig) -> None:
-    """UserError where an N:M pattern's groups do not fit the inputs of a linear."""
-    if isinstance(sparsity, tuple):
-        for C in (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim):
-            if C % sparsity[1]:
-                text = format_sparsity(sparsity)
-                raise UserError(f"--sparsity {text}: a linear has {C} columns, no multiple of {sparsity[1]}")
+def check_pattern(sparsity: Sparsity | ByName, config: LlamaConfig) -> None:
+    """UserError where an N:M pattern's groups do not fit the inputs of a linear, where a linear is not named, and for a
+    name that is no linear's."""
+    attention = config.num_attention_heads * config.head_dim
+    columns = {"self_attn.o_proj": attention, "mlp.down_proj": config.intermediate_size}  # the rest: hidden_size
+    names = [name for group in GROUPS.values() for name in group]
+    linears = [f"layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names]
+    for i, linear in enumerate(linears):
+        own = sparsity_of_linear(sparsity, linear)
+        C = columns.get(names[i % len(names)], config.hidden_size)
+        if isinstance(own, tuple) and C % own[1]:
+            raise UserError(f"--sparsity {format_sparsity(own)}: {linear} has {C} columns, no multiple of {own[1]}")
+    for name in [name for name, _ in sparsity if name] if isinstance(sparsity, list) else []:
+        if not any(f".{name}." in f".{linear}." for linear in linears):
+            raise UserError(f"--sparsity {name}: is a part of no linear's name, such as {linears[0]}")
 
 
 def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     """What stays, (R, C) bool, True = kept: the highest of each group of M (N:M), of each row, or of the whole matrix.
 
     Exactly the number asked for goes, by rank: int(C * sparsity) of a row, int(R * C * sparsity) of the matrix. Of
-    equal scores the left one goes first.
+    equal scores the left one goes first. UserError where M does not divide C: a group would run over the end of a row.
     """
     if isinstance(sparsity, tuple):
         n, m = sparsity
+        if score.shape[1] % m:
+            raise UserError(f"--sparsity {n}:{m}: a matrix has {score.shape[1]} columns, no multiple of {m}")
         groups, k = score.reshape(-1, m), m - n
     else:
         groups = score.reshape(1, -1) if whole else score
@@ -389,8 +424,10 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
     W: (R, C). dead: (C,) bool, inputs that are always 0, whose columns become 0. U: (C, C), from `cholesky_factor`.
     The mask of a group of columns, M for N:M and a slab otherwise, is chosen when the group's turn comes, from the
     weights as updated by then. An update reaches the end of the slab at once, all columns beyond it at the slab's end.
+    What is 0 stays 0: a group's zeros are the first to go, and where they are more than is asked for all of them do.
     """
     W = W.float().masked_fill(dead, 0)
+    zeros = W == 0  # (R, C); the updates move them too, and are undone, and made up for, when their column's turn comes
     group = slab  # the columns whose mask is chosen together
     if isinstance(sparsity, tuple):
         group = sparsity[1]
@@ -399,11 +436,13 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
         end = min(start + slab, W.shape[1])
         u = U[start:end, start:end]  # (slab, slab)
         w = W[:, start:end].T.contiguous()  # (slab, R): turned over, so that a column of W lies in one piece
+        z = zeros[:, start:end].T.contiguous()  # (slab, R)
         errors = torch.empty_like(w)
         for first in range(0, end - start, group):
             columns = slice(first, first + group)
             score = w[columns].T.square() / u.diagonal()[columns].square()  # (R, group)
-            keep = keep_mask(score, sparsity, whole=True).T.contiguous()  # (group, R)
+            score.masked_fill_(z[columns].T, -1)  # below every other
+            keep = keep_mask(score, sparsity, whole=True).T & ~z[columns]  # (group, R)
             for j, kept in enumerate(keep, first):
                 errors[j] = w[j].masked_fill(kept, 0) / u[j, j]  # what goes, measured against the column's own scale
                 w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
@@ -531,6 +570,9 @@ def prune_checkpoint(
         x = state["x"].to(device, copy=True)  # a copy: the file is only mapped, and x is overwritten
     else:
         start, report = 0, []
+        if dtype != torch.float32:  # which takes every weight
+            for name, w in ckpt.items():  # here, and not in the middle of the walk
+                cast(w, dtype, name)
         x = ckpt["model.embed_tokens.weight"][tokens].to(device, dtype)  # (sequences, T, hidden_size)
 
     # --- the walk, as in prune_model
@@ -555,7 +597,9 @@ def load_block(ckpt: Checkpoint, config: LlamaConfig, i: int, device: torch.devi
     """Block i on the device, the only one in memory."""
     with torch.device("meta"):
         block = Block(config)
-    block.load_state_dict({name: w.to(device, dtype) for name, w in ckpt.block(i).items()}, assign=True)
+    state = {name: cast(w, dtype, f"layers.{i}.{name}") for name, w in ckpt.block(i).items()}
+    # a copy: pruning overwrites it, and a file of before PyTorch 1.6 is kept in memory
+    block.load_state_dict({name: w.to(device, copy=True) for name, w in state.items()}, assign=True)
     return block
 
 
@@ -618,7 +662,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="the dense model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--method", default="wanda", choices=METHODS, help="how weights are scored")
-    add("--sparsity", default="2:4", help="share of zeros, or N:M: N kept of every M along the input")
+    sparsity = "share of zeros, or N:M: N kept of every M along the input; or by linear, as in self_attn=2:4,mlp=0.6: "
+    sparsity += "the last entry whose name is a part of the linear's counts, one without a name is for the rest"
+    add("--sparsity", default="2:4", help=sparsity)
     add("--calib", required=True, help=".npy that data/c4/prepare.py wrote")
     add("--nsamples", type=number(int, 1), help="use that many of its sequences (default: all)")
     add("--dsnot", action="store_true", help="afterwards swap entries of the mask (DSnoT, the paper's DST)")
@@ -647,7 +693,7 @@ def main() -> None:
     config.check_length(seqlen, calib)
     check_pattern(sparsity, config)
     positions = config.max_position_embeddings
-    if positions < seqlen:
+    if positions is not None and positions < seqlen:
         print(
             f"note: {calib}: its windows of {seqlen} tokens are longer than the model's {positions} positions",
             file=sys.stderr,

@@ -78,7 +78,7 @@ from data.checkpoint import (
     torch_load,
     write_checkpoint,
 )
-from model import Parser, cli, open_llama
+from model import Parser, cli, common_dtype, open_llama
 
 # the seven linears of a LLaMA block, and the head of a classifier that is built on one
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score")
@@ -107,7 +107,7 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight  # under the name that it has in a checkpoint, so that one fills the model as before
         self.weight.requires_grad_(False)
-        self.merged_dtype = linear.weight.dtype
+        self.merged_dtype = linear.weight.dtype  # train.py: the checkpoint's, whatever W is held in while it learns
         self.r, self.scale = r, scale
 
     def factor(self, *shape: int) -> nn.Parameter:
@@ -116,11 +116,14 @@ class AdapterLinear(nn.Module):
 
     @torch.compiler.disable  # if traced, W^ would be saved for backward; everything around the layer is compiled
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> (..., m)."""
+        """x (..., n) -> (..., m). In evaluation mode with the weight that merging would write, from which no factor
+        learns: what a validation measures is then what will be in the file."""
+        if not self.training:
+            return F.linear(x, self.merged().to(x.dtype))
         return EffectiveMatmul.apply(x, self, self.weight, *(getattr(self, name) for name in self.factors))
 
-    def merged(self) -> Tensor:
-        """W^ in the weight's dtype, (m, n), rounded to the nearest."""
+    def merged(self, masked: bool = True) -> Tensor:
+        """W^ in the checkpoint's dtype, (m, n), rounded to the nearest. masked=False leaves LoRA's dense."""
         W = self.effective_weight(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
         return W.to(self.merged_dtype)
 
@@ -172,7 +175,7 @@ class SPPLinear(AdapterLinear):
                 nn.init.uniform_(p, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.matmul == "fused":
+        if self.matmul == "fused" or not self.training:
             return super().forward(x)
         W, alpha, beta = self.weight, self.alpha, self.beta
         m = len(W)
@@ -265,7 +268,8 @@ class DynamicLinear(MaskedLinear):
 
 
 class LoRALinear(AdapterLinear):
-    """LoRA (Hu et al. 2021; equation 6): y = x W^T + scale * x A^T B^T, A (r, n), B (m, r). Merged, it is dense."""
+    """LoRA (Hu et al. 2021; equation 6): y = x W^T + scale * x A^T B^T, A (r, n), B (m, r). The sum is dense: merging
+    puts it under the mask of W again (LoRA*), unless it is told not to."""
 
     factors = ("A", "B")
 
@@ -280,8 +284,14 @@ class LoRALinear(AdapterLinear):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return F.linear(x, self.weight) + self.scale * low
+
+    def merged(self, masked: bool = True) -> Tensor:
+        W = super().merged()
+        return W.masked_fill_(self.weight == 0, 0) if masked else W
 
     def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.addmm(W.float(), B, A, alpha=self.scale)
@@ -381,16 +391,13 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
 
 
 def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
-    """`layer.merged()`, its zeros asserted (LoRA's: imposed, unless masked is False)."""
-    W = layer.merged()
+    """`layer.merged(masked)`, finite, its zeros asserted."""
+    W = layer.merged(masked)
     if not W.isfinite().all():
         raise UserError(f"{name}: the merged weight holds NaN or Inf, or is too large for {W.dtype}")
-    if isinstance(layer, DynamicLinear):  # its zeros are its own
+    if isinstance(layer, DynamicLinear) or (type(layer) is LoRALinear and not masked):  # its zeros are its own
         return W
-    zeros = layer.weight == 0
-    if type(layer) is LoRALinear:
-        return W.masked_fill_(zeros, 0) if masked else W
-    assert not W[zeros].any(), f"{name}: a pruned weight came back"
+    assert not W[layer.weight == 0].any(), f"{name}: a pruned weight came back"
     return W
 
 
@@ -538,6 +545,7 @@ def main() -> None:
     args = parser.parse_args()
     check_out(args.out, inputs=[args.ckpt, args.adapter])
     ckpt, _ = open_llama(args.ckpt)
+    common_dtype(ckpt)  # UserError for weights of several, here too
     write_checkpoint(merge_checkpoint(ckpt, args.adapter, not args.dense), args.out)
     print(f"wrote {args.out}")
 

@@ -17,15 +17,18 @@ What differs from the authors' script. The examples of a global batch are sorted
 of equal work, instead of drawn at random and padded to the longest. The gradient is the same, since the loss is the
 mean over all target tokens of the global batch however they are cut, and on Alpaca-format instructions half as many
 positions are computed (bench/padding.py). The frozen weights are bfloat16 where the checkpoint is float16, so that no
-loss scaling is needed; merging takes them from the checkpoint, unrounded.
+loss scaling is needed; merging takes them from the checkpoint, unrounded. A validation measures what merging would
+write: weights rounded to the checkpoint's dtype, LoRA's under the mask, --method dynamic's by the mask of the time.
 
 What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
-newest two states), adapter.pt (the adapter of the lowest validation loss) and merged.pt, the checkpoint with that
-adapter merged. `--method full` trains the model itself: no adapter, and merged.pt holds the last weights.
+newest two states), adapter.pt (the adapter of the lowest validation loss after the start) and merged.pt, the
+checkpoint with that adapter merged. `--method full` trains the model itself, in float32: no adapter, and merged.pt
+holds the last weights, in the checkpoint's dtype. A loss that is not finite ends the run, and no file sees it.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -61,6 +64,7 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
+    cast,
     check_out,
     check_version,
     digest,
@@ -90,7 +94,7 @@ from model import (
     sparsity_of,
     tokenizer_of,
 )
-from prune import Sparsity, check_pattern, keep_mask, parse_sparsity
+from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
 from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
@@ -139,7 +143,7 @@ def make_parser() -> Parser:
     add("--seed", type=number(int, 0, high=2**62), default=0, help="of the adapter's start and the order of the data")
     # the machine
     add_device(parser)
-    dtype = "of frozen weights; auto: float32 for a float32 checkpoint, bfloat16 for any other"
+    dtype = "of frozen weights and of matmuls; auto: float32 for a float32 checkpoint, bfloat16 for any other"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
     add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
     add("--activation_checkpointing", action="store_true", help="keep only the blocks' inputs, recompute the rest")
@@ -173,19 +177,20 @@ def main() -> None:
     # error is then a single process that ends, and torchrun ends the others.
     out_dir = Path(args.out_dir)
     state = None
-    start, best = 0, math.inf  # steps done, lowest validation loss
+    # Steps done; the validation loss of step 0; that of what merged.pt will hold. Both are inf while there is none.
+    start, first, best = 0, math.inf, math.inf
     if int(os.environ.get("RANK", 0)) == 0:
         base = ckpt.fingerprint() if args.ckpt else args.preset  # what the adapter belongs to
         run_id, held = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  the lock, until the process ends
         if args.resume:
             state = newest_state(out_dir, model, run_id, plan.steps)
         if state:
-            start, best = state["step"], state["best"]
+            start, first, best = state["step"], state["first"], state["best"]
     rank, world = join_processes(args.device)
     if world > 1:
-        progress = [start, best]  # the others wait here for what rank 0 has found, so that all resume, or none does
+        progress = [start, first, best]  # the others wait for what rank 0 has found, so that all resume, or none does
         dist.broadcast_object_list(progress)
-        start, best = progress
+        start, first, best = progress
     mesh = init_device_mesh(args.device, (world,)) if args.fsdp and world > 1 else None
     log = tqdm.write if rank == 0 else lambda text: None
     if ckpt is not None:
@@ -218,9 +223,14 @@ def main() -> None:
         trim_log(out_dir / "log.jsonl", start if start > 0 else -1)  # from the beginning: not even step 0's line stays
         log_file = open(out_dir / "log.jsonl", "a", buffering=1)  # noqa: SIM115  a line at a time
     if start == 0:
-        val_loss = validation_loss(net, val, args, rank, world)
+        if args.method == "dynamic":
+            update_masks(model, parse_sparsity(args.sparsity))  # or step 0 would be that of the dense model
+        val_loss = validation_loss(model, val, args, ckpt, rank, world)
         write_line(log_file, {"step": 0, "val_loss": val_loss})
         log(f"step 0: validation loss {shown(val_loss)}")
+        check_finite(0, {"validation loss": val_loss}, ckpt)
+        if val_loss is not None:
+            first = val_loss
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
         started = time.perf_counter()
@@ -243,7 +253,8 @@ def main() -> None:
             elif world > 1:
                 net.require_backward_grad_sync = last
             tokens, targets = train.batch(indices, args.device)
-            summed = net(tokens, targets)
+            with autocast(args):
+                summed = net(tokens, targets)
             (summed * (world / max(1, n_targets))).backward()
             loss_sum += summed.detach()
 
@@ -255,31 +266,30 @@ def main() -> None:
         sums = torch.stack([loss_sum, loss_sum.new_tensor(len(stop))])
         if world > 1:
             dist.all_reduce(sums)
-        loss = sums[0].item() / max(1, n_targets)  # max: with --mask_prompt a batch may have no target
+        loss = sums[0].item() / n_targets if n_targets else None  # with --mask_prompt a batch may have no target
         stopping = sums[1].item() > 0
         grad_norm = grad_norm.item()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):  # before the optimizer, or any file, sees it
-            what = f"the loss of step {step + 1} is {loss}, the norm of its gradient {grad_norm}"
-            raise UserError(f"{what}; a lower --lr may help, or --dtype float32; what was saved before is whole")
+        check_finite(step + 1, {"loss": loss, "norm of the gradient": grad_norm}, ckpt)  # before the optimizer sees it
         if n_targets:
             optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1 == plan.steps
         speed = n_targets / (time.perf_counter() - started)
-        line = {"step": step + 1, "loss": loss if n_targets else None, "lr": lr, "grad_norm": grad_norm}
+        line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         line.update(tokens=n_targets, tokens_per_second=speed, peak_memory=peak_memory(args.device))
         write_line(log_file, line)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {shown(loss)}, {speed:,.0f} tokens/s")
 
         if done or (step + 1) % args.eval_interval == 0:
-            val_loss = validation_loss(net, val, args, rank, world)
+            val_loss = validation_loss(model, val, args, ckpt, rank, world)
             write_line(log_file, {"step": step + 1, "val_loss": val_loss})
-            log(f"step {step + 1}: training loss {loss:.4f}, validation loss {shown(val_loss)}")
-            if val_loss is not None and not math.isfinite(val_loss):
-                raise UserError(f"the validation loss of step {step + 1} is {val_loss}; what was saved before is whole")
-            if args.method != "full" and (val_loss is None or val_loss < best):
+            log(f"step {step + 1}: training loss {shown(loss)}, validation loss {shown(val_loss)}")
+            check_finite(step + 1, {"validation loss": val_loss}, ckpt)
+            lowest = val_loss is None or val_loss < best
+            if args.method == "full" or lowest:  # full: the last weights are what is written, whatever came before
                 best = math.inf if val_loss is None else val_loss
+            if args.method != "full" and lowest:
                 factors = adapter_state(model)  # gathered from all processes under FSDP, so all of them call it
                 if rank == 0:
                     path = out_dir / "adapter.pt"
@@ -290,7 +300,7 @@ def main() -> None:
             weights = get_model_state_dict(model, options=GATHER)  # as above, all of them call it
             moments = get_optimizer_state_dict(model, optimizer, options=GATHER)
             if rank == 0:
-                write_state(out_dir, run_id, step + 1, best, weights, moments, model)
+                write_state(out_dir, run_id, step + 1, first, best, weights, moments, model)
             if world > 1:
                 dist.barrier()  # nobody leaves, and torchrun ends nobody, before the state is on disk
         if stopping and not done:
@@ -305,6 +315,9 @@ def main() -> None:
         dist.destroy_process_group()
     if rank == 0:
         write_result(out_dir, model, ckpt, base, args, plan.steps)
+        if first <= best < math.inf:  # inf: nothing is held out
+            held = "its last weights" if args.method == "full" else "the best of it"
+            log(f"note: the run only harmed: validation loss {first:.4f} at step 0, {best:.4f} in merged.pt, {held}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,6 +442,10 @@ def read_data(
         raise UserError(f"--data {data}: no example has a token to learn: --mask_prompt, and every answer was cut away")
     longest = int(max(train.lengths.max(), val.lengths.max(initial=0)))
     config.check_length(longest, f"--data {data}")
+    positions = config.max_position_embeddings
+    if positions is not None and longest > positions and int(os.environ.get("RANK", 0)) == 0:
+        note = f"note: --data {data}: its longest example computes {longest} tokens"
+        print(f"{note}, more than the model's {positions} positions", file=sys.stderr)
     if longest > args.max_tokens:
         raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
     if min(args.batch_size, len(train.lengths)) < world:
@@ -513,7 +530,8 @@ def ablations(args: argparse.Namespace) -> dict:
 def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
     """The model with its adapters on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = Llama(config).to(getattr(torch, args.dtype))
+        # full: float32, since a step of 2e-5 is less than half a unit in the last place of most bfloat16 weights
+        model = Llama(config).to(torch.float32 if args.method == "full" else getattr(torch, args.dtype))
         if args.method == "spp":
             inject(model, "spp", args.rank, args.scale, matmul=args.matmul, **ablations(args))
         elif args.method != "full":
@@ -548,6 +566,9 @@ def materialise(
         if name in weights:
             w = weights[name]
             state[name] = w.to(device, p.dtype) if mesh is None else shard_rows(w, mesh, device, p.dtype)
+            module = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, AdapterLinear):
+                module.merged_dtype = w.dtype
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     for module in model.modules():
@@ -568,9 +589,10 @@ def shard_rows(w: Tensor, mesh: DeviceMesh, device: str, dtype: torch.dtype) -> 
 
 def update_masks(model: Llama, sparsity: Sparsity) -> None:
     """Equation 2: every dynamic layer's mask follows the magnitude of its dense weight."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, DynamicLinear):
-            module.mask.copy_(keep_mask(module.weight.detach().abs(), sparsity))
+            own = sparsity_of_linear(sparsity, name)
+            module.mask.copy_(keep_mask(module.weight.detach().abs(), own))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -578,8 +600,9 @@ def update_masks(model: Llama, sparsity: Sparsity) -> None:
 
 
 # What may differ when a run goes on: none of these moves the result by more than rounding (the checkpoint and the data
-# are compared by fingerprint; eval_interval is not here, since it decides which adapter is kept).
-MAY_DIFFER = ("resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
+# are compared by fingerprint; eval_interval is not here, since it decides which adapter is kept). But for lr: so that a
+# run that diverged can go on with a lower one.
+MAY_DIFFER = ("lr", "resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
 MAY_DIFFER += ("fsdp", "activation_checkpointing", "compile")
 
 
@@ -613,6 +636,8 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         before = settings.get(key) if isinstance(settings, dict) else None
         if before != now:
             raise UserError(f"--resume: {out_dir} was run with --{key} {before}, not {now}")
+    if settings.get("lr") != args.lr:
+        tqdm.write(f"note: --resume: {out_dir} began with --lr {settings.get('lr')}, and goes on with {args.lr}")
     return config["run"], held
 
 
@@ -625,10 +650,12 @@ def state_names(model: Llama) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad} | {k for k, _ in model.named_buffers()}
 
 
-def write_state(out_dir: Path, run: str, step: int, best: float, weights: dict, moments: dict, model: Llama) -> None:
+def write_state(
+    out_dir: Path, run: str, step: int, first: float, best: float, weights: dict, moments: dict, model: Llama
+) -> None:
     """step-N.pt; the newest two are kept, so that one which the disk has damaged can be passed over."""
     names = state_names(model)
-    state = {"version": VERSION, "run": run, "step": step, "best": best, "optimizer": moments}
+    state = {"version": VERSION, "run": run, "step": step, "first": first, "best": best, "optimizer": moments}
     state["model"] = {name: w for name, w in weights.items() if name in names}
     with atomic(out_dir / f"step-{step:06}.pt") as tmp:
         save_torch(state, tmp)
@@ -669,7 +696,8 @@ def state_is_whole(state: dict, model: Llama) -> bool:
     shapes = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
     try:
-        whole = {name: w.shape for name, w in state["model"].items()} == shapes and type(state["best"]) is float
+        whole = {name: w.shape for name, w in state["model"].items()} == shapes
+        whole = whole and type(state["first"]) is float and type(state["best"]) is float
         grouped = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
         whole = whole and sorted(grouped) == sorted(learning)
         for name in learning:
@@ -741,22 +769,63 @@ def peak_memory(device: str) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The context of a training forward pass. It rounds the float32 weights of --method full where they are used; the
+    other methods' layers do that themselves, or hold rounded weights."""
+    return torch.autocast(args.device, torch.bfloat16, args.method == "full" and args.dtype == "bfloat16")
+
+
 @torch.no_grad()
-def validation_loss(net: nn.Module, val: Examples, args: argparse.Namespace, rank: int, world: int) -> float | None:
-    """Mean loss over the target tokens of all held-out examples; None where there are none."""
+def validation_loss(
+    model: Llama, val: Examples, args: argparse.Namespace, ckpt: Checkpoint | None, rank: int, world: int
+) -> float | None:
+    """Mean loss over the target tokens of all held-out examples, None where there are none, of the model that would be
+    written now. It is called without its DDP wrapper, which has nothing to add where no gradient is exchanged."""
     n_targets = int(val.n_targets.sum())
     if n_targets == 0:
         return None
+    written = model.eval()  # adapters then use the weight that merging would write
+    if args.method == "full":
+        written = rounded(model, ckpt, args)
     total = torch.zeros((), dtype=torch.float64, device=args.device)
     for indices in split_batch(np.arange(len(val.lengths)), val.lengths, args.max_tokens, world)[rank]:
-        total += net(*val.batch(indices, args.device)).double()
+        total += written(*val.batch(indices, args.device)).double()
+    model.train()
     if world > 1:
         dist.all_reduce(total)
     return total.item() / n_targets
 
 
+def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> Llama:
+    """A copy of a fully trained model with the weights that are written, in the dtype that --dtype computes in. Its
+    memory is less than that of the gradients, which are freed by now."""
+    with torch.device("meta"):
+        copy = Llama(model.config)
+    compute = getattr(torch, args.dtype)
+    weights = {}
+    for name, p in model.named_parameters():
+        written = compute if ckpt is None else ckpt.meta[name].dtype
+        weights[name] = cast(p.detach(), written, name).to(compute)
+    copy.load_state_dict(weights, strict=False, assign=True)  # not strict: a tied lm_head is under its other name
+    copy.tie_weights()
+    return copy
+
+
+def check_finite(step: int, numbers: dict[str, float | None], ckpt: Checkpoint | None) -> None:
+    """UserError where a number of this step is none, before it is the best, or in a state, an adapter or a model. The
+    cause is named where it is known: a checkpoint that holds NaN or Inf."""
+    bad = [f"the {what} of step {step} is {x}" for what, x in numbers.items() if x is not None and not math.isfinite(x)]
+    if not bad:
+        return
+    tensors = [name for name, w in (ckpt or {}).items() if not w.isfinite().all()]
+    if tensors:
+        raise UserError(f"{ckpt.path}: {tensors[0]} holds NaN or Inf ({len(tensors)} such tensors): {bad[0]}")
+    hint = "; --resume with a lower --lr goes on from the newest state; where that ends here too, remove it first"
+    raise UserError(" and ".join(bad) + (hint if step > 0 else ""))
+
+
 def shown(loss: float | None) -> str:
-    return "none: nothing is held out" if loss is None else f"{loss:.4f}"
+    return "none (no token to predict)" if loss is None else f"{loss:.4f}"
 
 
 def write_result(
@@ -768,12 +837,13 @@ def write_result(
         write_checkpoint(merge_checkpoint(ckpt, adapter, base=base), merged)
         tqdm.write(f"wrote {adapter} and {merged}")
         return
-    before = ckpt.history if ckpt is not None else []
-    model.history = [*before, {"method": "full", "data": str(args.data), "steps": steps}]
-    tokenizer = tokenizer_of(ckpt) if ckpt is not None else None
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    save(model, merged, tokenizer)
+    entry = {"method": "full", "data": str(args.data), "steps": steps}
+    if ckpt is not None:
+        weights = {name: functools.partial(p.detach().to, "cpu") for name, p in model.named_parameters()}
+        write_checkpoint(ckpt.changed(weights, entry), merged)  # which rounds them to the checkpoint's dtypes
+    else:
+        model.history = [entry]
+        save(model.to(getattr(torch, args.dtype)), merged, load_tokenizer(args.tokenizer) if args.tokenizer else None)
     tqdm.write(f"wrote {merged}")
 
 

@@ -72,10 +72,11 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
         for _ in range(2):  # the optimizer has its moments after the first
             before = live.peak = live.now
             tokens = torch.zeros(rows, T, dtype=torch.int64)
-            x = model.hidden(tokens).flatten(0, 1)
-            x = x[torch.arange(rows * T)]  # a copy, as Llama.forward makes of the positions that have a target
-            loss = model.summed_loss(x, tokens.flatten())
-            del x
+            with train.autocast(args):
+                x = model.hidden(tokens).flatten(0, 1)
+                x = x[torch.arange(rows * T)]  # a copy, as Llama.forward makes of the positions that have a target
+                loss = model.summed_loss(x, tokens.flatten())
+                del x
             forward = live.now
             loss.backward()
             del loss
@@ -119,8 +120,8 @@ def main():
     parser.description = "Print what each process of a run of train.py would need, and how long the run is."
     parser.add_argument("--processes", type=number(int, 1), default=1, help="of the run")
     args = parser.parse_args()
-    # A preset may have adapters here: shapes need no mask. And no device is used.
-    train.check_settings(argparse.Namespace(**{**vars(args), "preset": None, "device": "cpu"}))
+    args.device = "cpu"  # whatever was given: no device is used
+    train.check_settings(argparse.Namespace(**{**vars(args), "preset": None}))  # shapes need no mask
     ckpt, config = open_llama(args.ckpt) if args.ckpt else (None, PRESETS[args.preset])
     train.fill_in(args, config, ckpt)
     data = None

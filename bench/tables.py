@@ -31,7 +31,7 @@ except ImportError:  # `make demo` installs only what the commands need
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checkpoint import UserError, check_version, read_json  # noqa: E402
-from evaluate import SEVEN  # noqa: E402
+from evaluate import AGGREGATES, SEVEN  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
 NAMES = {
@@ -81,8 +81,8 @@ def record_of(path: str | Path, result: dict) -> dict:
     check_version(result.get("version"), path)
     method, sparsity = describe(result["history"])
     record = {"method": method, "sparsity": sparsity, "zeros": result["sparsity"], "add_bos": result["add_bos"]}
-    # averages over tasks stand among the tasks, without an acc_norm
-    record["acc"] = {task: scores["acc"] for task, scores in result["results"].items() if "acc_norm" in scores}
+    tasks = {task: scores for task, scores in result["results"].items() if task not in AGGREGATES}
+    record["acc"] = {task: scores["acc"] for task, scores in tasks.items() if "acc" in scores}
     record["ppl"] = next((text["ppl"] for text in result["perplexity"].values()), None)
     log = Path(result["ckpt"]).parent / "log.jsonl"
     if "+" in method and log.exists():

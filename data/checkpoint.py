@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import struct
@@ -62,6 +63,16 @@ def checked_file(path: str | Path) -> Path:
     raise UserError(f"{path}: {what}")
 
 
+# What a file may turn out to be in place of what its name says, by its first bytes
+LFS_POINTER = b"version https://git-lfs"
+FOREIGN = {
+    LFS_POINTER: "is a Git LFS pointer, not the file itself; `git lfs pull` fetches that",
+    b"GGUF": "is a GGUF file, which llama.cpp reads; take the model's Hugging Face directory",
+    b"<": "is a web page, not the file itself; download it again",
+    b"{": "is JSON and holds no weights; name the model's directory",
+}
+
+
 def read_bytes(path: str | Path, limit: int = 2**31) -> bytes:
     """What a file holds. UserError where it cannot be read, or has more than `limit` bytes."""
     path = checked_file(path)
@@ -71,9 +82,21 @@ def read_bytes(path: str | Path, limit: int = 2**31) -> bytes:
         data = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    if data.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{path}: {FOREIGN[LFS_POINTER]}")
     return data
+
+
+def read_head(path: str | Path) -> bytes:
+    """The first bytes of a file of arrays or weights. UserError for what is plainly something else, by its name."""
+    path = checked_file(path)
+    with open(path, "rb") as f:
+        head = f.read(64)
+    text = head[4:8] != bytes(4)  # a safetensors file begins with a length of 8 bytes, of which the first may be "{"
+    for start, what in FOREIGN.items():
+        if text and head.startswith(start):
+            raise UserError(f"{path}: {what}")
+    return head
 
 
 def parse_json(data: bytes | str, source: str | Path, kind: type = object, surrogates: bool = False) -> Any:
@@ -118,7 +141,8 @@ def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tupl
 def read_npy(path: str | Path) -> np.ndarray:
     """The array in a .npy file, memory-mapped. UserError where there is none."""
     try:
-        array = np.load(checked_file(path), mmap_mode="r", allow_pickle=False)
+        read_head(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: is not a .npy file, or is damaged ({str(e).splitlines()[0]:.80})") from None
     if not isinstance(array, np.ndarray):
@@ -308,18 +332,24 @@ class Checkpoint(Mapping):
             return digest(*pool.map(one, sorted(self)))
 
 
+WEIGHTS_ALONE = "is a file of weights alone; name its directory, which holds config.json or params.json too"
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens any of the three layouts. UserError for what is none of them, or damaged."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors" and path.is_file():
-            raise UserError(f"{path}: is a file of weights alone; name its directory, which holds config.json too")
+            safetensors_index(path)  # a pointer or half a download is said to be that
+            raise UserError(f"{path}: {WEIGHTS_ALONE}")
         if not path.is_dir():
             return open_pt(checked_file(path))
         if (path / "config.json").exists():
             return open_hf(path)
         if (path / "params.json").exists():
             return open_meta(path)
+        if (path / "adapter_config.json").exists():
+            raise UserError(f"{path}: holds an adapter of PEFT's and no model; merge it into its base model first")
     except OSError as e:
         raise UserError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
     raise UserError(f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta)")
@@ -350,13 +380,20 @@ def tensor_bytes(w: Tensor) -> np.ndarray:
     return w.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def converted(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> np.ndarray:
-    """The bytes of a tensor in another dtype. UserError where a weight is too large for it: float16 ends at 65,504."""
-    w = tensors[name]
+def cast(w: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype. UserError where a weight is too large for it: float16 ends at 65,504."""
     new = w.to(dtype)
-    if dtype == torch.float16 and w.dtype != dtype and (new.isinf() & w.isfinite()).any():
-        raise UserError(f"{name}: holds {w.abs().max():.3g}, which is too large for float16; take --dtype bfloat16")
-    return tensor_bytes(new)
+    if dtype not in (w.dtype, torch.float32) and (new.isinf() & w.isfinite()).any():
+        largest = w.abs()[w.isfinite()].max()
+        other = "bfloat16" if dtype == torch.float16 else "float32"
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name}: holds {largest:.3g}, which is too large for {kind}; take --dtype {other}")
+    return new
+
+
+def converted(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> np.ndarray:
+    """The bytes of a tensor in another dtype, as `cast` makes it."""
+    return tensor_bytes(cast(tensors[name], dtype, name))
 
 
 # What travels with a model, besides the tokenizer's main file and the history
@@ -424,10 +461,29 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
 # PyTorch files (.pt, .bin, .pth), and our layout
 
 
+LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the number with which PyTorch's files of before 1.6 begin
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether a file has PyTorch's format of before 1.6: four pickles, then the bare weights, in no zip."""
+    return LEGACY in read_head(path)[:32]
+
+
+def load_legacy(path: Path) -> Any:
+    """What a file of before 1.6 holds, all of it in memory."""
+    with open(path, "rb") as f:
+        for _ in range(4):  # the number, a version, the writer's machine, and what was saved
+            if any(str(arg).endswith("bytearray") for _, arg, _ in pickletools.genops(f)):
+                raise ValueError("it holds a bytearray")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def torch_load(path: str | Path) -> Any:
     """torch.load that runs no code of the file's, memory-maps it, and says which file is not one."""
     path = checked_file(path)
     try:
+        if is_legacy(path):
+            return load_legacy(path)
         with zipfile.ZipFile(path) as z, warnings.catch_warnings():
             # torch.save never writes two things that can swell without end: compressed entries and sized bytearrays.
             if any(entry.compress_type for entry in z.infolist()):
@@ -436,6 +492,8 @@ def torch_load(path: str | Path) -> Any:
                 raise ValueError("it holds a bytearray")
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UserError:
+        raise
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # zip, pickle and torch raise a dozen kinds for a damaged file
@@ -464,13 +522,16 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 def torch_tensors(path: Path, key: str | None = None) -> Tensors:
     """The tensors of a PyTorch file. The file is mapped anew for each, so that pages read earlier do not stay in memory
-    while a large model is walked."""
-    get = lambda name: torch_state(path, key)[name]
-    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in torch_state(path, key).items()}
+    while a large model is walked; one of before 1.6, which cannot be mapped, is read once and kept."""
+    state = torch_state(path, key)
+    get = state.get if is_legacy(path) else lambda name: torch_state(path, key)[name]
+    return {name: (w.to("meta"), functools.partial(get, name)) for name, w in state.items()}
 
 
 def open_pt(path: Path) -> Checkpoint:
     data = torch_load(path)
+    if isinstance(data, dict) and data and all(isinstance(w, Tensor) for w in data.values()):
+        raise UserError(f"{path}: {WEIGHTS_ALONE}")
     if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
         raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
     check_version(data.get("version"), path)
@@ -524,7 +585,9 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
     def damaged(what: str) -> UserError:
         return UserError(f"{path}: {what}: the file is truncated, damaged or no safetensors file")
 
-    size = checked_file(path).stat().st_size
+    if is_legacy(path) or read_head(path).startswith(b"PK\3\4"):  # a zip, as torch writes since 1.6
+        raise UserError(f"{path}: is a PyTorch file, expected a safetensors file; its name should end in .bin")
+    size = path.stat().st_size
     with open(path, "rb") as f:
         n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
         if n > min(size - 8, 2**24):  # 100 times a 70B model's
@@ -625,11 +688,11 @@ def open_hf(path: Path) -> Checkpoint:
 def hf_files(path: Path) -> dict[str, set[str] | None]:
     """The files that hold a directory's weights, each with the tensors that count in it (None: all), in transformers'
     order: a single file of the usual name, an index, and the same for .bin. Shards without an index all count."""
-    for single, shards in (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")):
+    for single in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{single}.index.json"
-        if (path / single).exists():
+        if os.path.lexists(path / single):  # lexists: a link to nothing is an error, not another model's turn
             return {single: None}
-        if index.exists():
+        if os.path.lexists(index):
             files, weight_map = {}, read_json(index, dict).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index}: its weight_map is a {type(weight_map).__name__}, expected a dict")
@@ -637,10 +700,25 @@ def hf_files(path: Path) -> dict[str, set[str] | None]:
                 if not isinstance(file, str) or Path(file).name != file:
                     raise UserError(f"{index}: {name} lies in {file!r}, expected a file of this directory")
                 files.setdefault(file, set()).add(name)
+            check_shards(path, files, index.name)
             return files
-        if found := sorted(path.glob(shards)):
-            return {file.name: None for file in found}
-    raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin")
+    for pattern in ("model-*.safetensors", "pytorch_model-*.bin"):
+        if found := sorted(file.name for file in path.glob(pattern)):
+            if numbers := re.fullmatch(r"(.*-)\d+(-of-(\d{1,5})\..*)", found[0]):
+                before, after, n = numbers.groups()
+                check_shards(path, [f"{before}{i:05}{after}" for i in range(1, int(n) + 1)], found[0])
+            return dict.fromkeys(found)
+    hint = "; DeepSpeed's zero_to_fp32.py makes them of its states" if (path / "zero_to_fp32.py").exists() else ""
+    raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin{hint}")
+
+
+def check_shards(path: Path, files: Iterable[str], source: str) -> None:
+    """UserError for the first of a directory's shards that is not there; `source` is the file that speaks of it."""
+    for file in files:
+        if not (path / file).exists():
+            raise UserError(
+                f"{path / file}: cannot be read: is missing, and {source} says that it is a part of the model"
+            )
 
 
 def write_hf(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor], max_shard_size: int) -> None:
@@ -676,8 +754,12 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], me
 # Meta's layout
 
 
-# params.json does not hold the training length; norm_eps tells LLaMA (2,048) from LLaMA-2 (4,096)
-META_LENGTH = {1e-6: 2048, 1e-5: 4096}
+# The keys of params.json that are understood; any other could change the function. Mistral's three are its own.
+MISTRAL_KEYS = {"head_dim", "hidden_dim", "sliding_window"}
+META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
+META_KEYS |= {"rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size", *MISTRAL_KEYS}
+# Frequencies that LLaMA's files hold beside the weights: LLaMA-1's in every layer, LLaMA-2's once
+LAYER_FREQS, MODEL_FREQS = "layers.{}.attention.inner_attention.rope.freqs", "rope.freqs"
 META_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -696,23 +778,30 @@ HF_NAMES = {hf: meta for meta, hf in META_NAMES.items()}
 
 
 def open_meta(path: Path) -> Checkpoint:
-    """params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix."""
+    """params.json and consolidated.00.pth, .01.pth, ..., each a slice of every matrix, or Mistral's one
+    consolidated.safetensors."""
     params = read_json(path / "params.json", dict)
+    for key in params.keys() - META_KEYS:
+        if params[key] not in (None, False):
+            what = f"{key} is {params[key]!r:.80}, which may change the function and is not understood"
+            raise UserError(f"{path}/params.json: {what}; expected LLaMA's keys")
     files = sorted(path.glob("consolidated.*.pth"))
-    if not files:
+    if files:
+        check_shards(path, [f"consolidated.{i:02}.pth" for i in range(len(files))], files[-1].name)
+        parts = [torch_tensors(file) for file in files]
+    elif (path / "consolidated.safetensors").exists():
+        parts = [safetensors_tensors(path / "consolidated.safetensors")]
+    else:
         raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
-    if params.get("use_scaled_rope"):  # its factor stands nowhere, and differs between LLaMA 3.1 and 3.2
-        raise UserError(f"{path}/params.json: use_scaled_rope is true; take the model's Hugging Face directory")
-    parts = [torch_state(file) for file in files]
     try:
-        config = meta_to_hf(params, parts)
-        hidden_size, head_dim = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-        get = lambda name: join_parts([torch_state(file)[name] for file in files], name, hidden_size, head_dim)
+        config = meta_to_hf(params, [{name: meta for name, (meta, _) in part.items()} for part in parts])
+        hidden_size, head_dim = config["hidden_size"], config["head_dim"]
+        get = lambda name: join_parts([part[name][1]() for part in parts], name, hidden_size, head_dim)
         tensors = {}
         for name in parts[0]:
             if name.endswith("rope.freqs"):  # computed, as Hugging Face's inv_freq
                 continue
-            meta = join_parts([part[name].to("meta") for part in parts], name, hidden_size, head_dim)
+            meta = join_parts([part[name][0] for part in parts], name, hidden_size, head_dim)
             tensors[rename(name, META_NAMES)] = (meta, functools.partial(get, name))
     except (KeyError, IndexError) as e:
         raise UserError(f"{path}: params.json or consolidated.*.pth has no {e}") from None
@@ -726,26 +815,70 @@ def open_meta(path: Path) -> Checkpoint:
 
 
 def meta_to_hf(params: dict, parts: list[dict[str, Tensor]]) -> dict:
-    """params.json under Hugging Face's keys; what it does not say is read off the matrices."""
-    return {
+    """params.json under Hugging Face's keys; what it does not say is read off the matrices, meta tensors of each part.
+    Where nothing tells the training length it is None, and max_seq_len says that this is no omission."""
+    vocab_size, width = params.get("vocab_size"), params.get("hidden_dim")
+    if not vocab_size or vocab_size == -1:  # LLaMA's own files leave it to the tokenizer
+        vocab_size = len(parts[0]["output.weight"]) * len(parts)
+    config = {
         "model_type": "llama",
-        "vocab_size": len(parts[0]["output.weight"]) * len(parts),
+        "vocab_size": vocab_size,
         "hidden_size": params["dim"],
-        "intermediate_size": len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
+        "intermediate_size": width or len(parts[0]["layers.0.feed_forward.w1.weight"]) * len(parts),
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-        "max_position_embeddings": params.get("max_seq_len") or META_LENGTH.get(params["norm_eps"], 4096),
+        "head_dim": params.get("head_dim") or params["dim"] // params["n_heads"],
+        "max_position_embeddings": meta_length({**params, "vocab_size": vocab_size}, parts[0]),
         "rms_norm_eps": params["norm_eps"],
-        "rope_theta": params.get("rope_theta", 10000.0),
+        "rope_theta": params.get("rope_theta") or 10000.0,
     }
+    if config["max_position_embeddings"] is None:
+        config["max_seq_len"] = None
+    if params.get("use_scaled_rope"):
+        config["rope_scaling"] = llama3_scaling(params["dim"])
+    if params.get("sliding_window"):
+        config.update(model_type="mistral", sliding_window=params["sliding_window"])
+    return config
+
+
+def meta_length(params: dict, names: Iterable[str]) -> int | None:
+    """The length that a model was trained on, which Meta's params.json does not hold: from what does determine it, the
+    settings and the names of the tensors, or None. (norm_eps does not: LLaMA 65B has LLaMA-2's.)"""
+    theta = params.get("rope_theta") or 10000.0
+    if params.get("max_seq_len"):  # a key of our own
+        return params["max_seq_len"]
+    if params.get("use_scaled_rope"):  # LLaMA 3.1 to 3.3
+        return 131072
+    if params.keys() & MISTRAL_KEYS:  # whose theta of 1e6 stands for another length than CodeLlama's
+        return None
+    if theta == 500000 or params["vocab_size"] == 128256:  # LLaMA-3
+        return 8192
+    if theta == 1000000:  # CodeLlama
+        return 16384
+    if theta != 10000:
+        return None
+    if (params["dim"], params["n_heads"], params.get("n_kv_heads")) == (8192, 64, 8):  # LLaMA-2 70B
+        return 4096
+    in_layers = sum(name.endswith(LAYER_FREQS.removeprefix("layers.{}")) for name in names)
+    if in_layers and in_layers == params["n_layers"]:  # LLaMA-1
+        return 2048
+    return 4096 if MODEL_FREQS in names else None  # LLaMA-2
+
+
+def llama3_scaling(dim: int) -> dict:
+    """use_scaled_rope as a rope_scaling of Hugging Face's. params.json does not hold the factor. It is 8 in LLaMA 3.1
+    and 3.3, and 32 in 3.2's 1B and 3B, which their widths tell: no other model that has the flag is as narrow."""
+    numbers = {"factor": 32.0 if dim in (2048, 3072) else 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_type": "llama3", **numbers, "original_max_position_embeddings": 8192}
 
 
 def hf_to_meta(config: dict) -> dict:
-    """Meta's params.json; UserError for what it cannot say. max_seq_len, a key of our own, is added where the training
-    length is not the one that norm_eps stands for."""
+    """Meta's params.json; UserError for what it cannot say. max_seq_len, a key of our own, is added where neither the
+    settings nor the frequencies that `write_meta` adds determine the training length."""
     dim, width, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    unsaid = {"rope_scaling": config["rope_scaling"], "sliding_window": config.get("sliding_window")}
+    scaled = config["rope_scaling"] == llama3_scaling(dim)
+    unsaid = {"rope_scaling": config["rope_scaling"] and not scaled, "sliding_window": config.get("sliding_window")}
     unsaid["head_dim"] = config["head_dim"] * heads != dim
     for key, there in unsaid.items():
         if there:
@@ -760,13 +893,25 @@ def hf_to_meta(config: dict) -> dict:
         "rope_theta": config["rope_theta"],
         "multiple_of": width & -width,  # the largest power of 2 that divides it
     }
+    if scaled:
+        params["use_scaled_rope"] = True
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
     plain = 8 * dim // 3
     if math.ceil(plain / params["multiple_of"]) * params["multiple_of"] != width:
         params["ffn_dim_multiplier"] = (width + 0.5) / plain
-    if config["max_position_embeddings"] != META_LENGTH.get(config["rms_norm_eps"], 4096):
-        params["max_seq_len"] = config["max_position_embeddings"]
+    length = config.get("max_position_embeddings")
+    if length is not None and meta_length(params, meta_freqs(config)) != length:
+        params["max_seq_len"] = length
     return params
+
+
+def meta_freqs(config: dict) -> list[str]:
+    """The names under which Meta's files of a model of this training length hold frequencies. Its code computes them;
+    they are written because they tell LLaMA-1 from LLaMA-2, and Meta's code takes no key of ours in params.json."""
+    if config["rope_theta"] != 10000 or config["rope_scaling"]:
+        return []
+    layers = [LAYER_FREQS.format(i) for i in range(config["num_hidden_layers"])]
+    return {2048: layers, 4096: [MODEL_FREQS]}.get(config.get("max_position_embeddings"), [])
 
 
 def rename(name: str, names: dict[str, str]) -> str:
@@ -808,6 +953,9 @@ def write_meta(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
         return rotary_rows(w, head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else w
 
     tensors = {name: (meta[source], functools.partial(get, name)) for name, source in sources.items()}
+    freqs = ckpt.config["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    freqs = freqs.to(meta["model.norm.weight"].dtype)
+    tensors.update({name: (freqs.to("meta"), freqs.clone) for name in meta_freqs(ckpt.config)})
     path.mkdir()
     part = Checkpoint(None, {}, tensors)
     write_torch(path / "consolidated.00.pth", part, part.meta)

@@ -34,14 +34,16 @@ from data.checkpoint import (
     hf_to_meta,
     lock,
     map_tensor,
+    meta_to_hf,
     open_checkpoint,
+    read_npy,
     rename,
     safetensors_index,
     write_checkpoint,
     write_json,
 )
 from data.tokenizer import load_tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_to_dict, load, open_llama, save, tokenizer_of
+from model import PRESETS, Llama, LlamaConfig, config_from_dict, config_to_dict, load, open_llama, save, tokenizer_of
 from prune import Settings, prune_checkpoint
 from spp import adapter_state, inject, merge_checkpoint, write_adapter
 
@@ -260,7 +262,8 @@ def test_params_json_gives_the_width_of_the_mlp(preset, odd):
     config = dataclasses.replace(PRESETS[preset], intermediate_size=PRESETS[preset].intermediate_size + odd)
     params = hf_to_meta(config_to_dict(config))
     assert meta_width(params) == config.intermediate_size
-    assert "max_seq_len" not in params or not preset.startswith("llama")  # Meta's code knows no such key
+    # Meta's code knows no such key
+    assert "max_seq_len" not in params or not preset.startswith("llama")
 
 
 def write_meta(model: Llama, folder: Path, parts: int, rows: bool = False) -> None:
@@ -315,6 +318,115 @@ def test_metas_layout_is_written_as_meta_has_it(model, tmp_path):
     theirs, ours = (torch.load(tmp_path / name / "consolidated.00.pth") for name in ("theirs", "ours"))
     theirs = {name: w for name, w in theirs.items() if not name.endswith("rope.freqs")}  # Meta's code computes them
     assert same(ours, theirs)
+
+
+FREQS = ["rope.freqs"]
+LAYERS = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(4)]
+DIM = {"dim": 4096, "n_layers": 4, "n_heads": 32, "norm_eps": 1e-5}
+SHAPE_70B = {**DIM, "dim": 8192, "n_heads": 64, "n_kv_heads": 8}
+
+
+@pytest.mark.parametrize(
+    "params, names, length",
+    [
+        ({**DIM, "norm_eps": 1e-6, "vocab_size": -1}, LAYERS, 2048),  # LLaMA 7B
+        ({**DIM, "dim": 8192, "n_heads": 64}, LAYERS, 2048),  # LLaMA 65B, whose norm_eps is 1e-5
+        ({**DIM, "norm_eps": 1e-6}, [*LAYERS, *FREQS], 2048),
+        (DIM, FREQS, 4096),  # LLaMA-2 7B
+        (SHAPE_70B, [], 4096),  # LLaMA-2 70B
+        ({**DIM, "rope_theta": 1e6}, FREQS, 16384),  # CodeLlama
+        ({**SHAPE_70B, "rope_theta": 1e6}, FREQS, 16384),
+        ({**DIM, "n_kv_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256}, [], 8192),  # LLaMA-3
+        ({**DIM, "vocab_size": 128256}, [], 8192),
+        ({**SHAPE_70B, "rope_theta": 500000.0, "use_scaled_rope": True}, [], 131072),  # LLaMA-3.1
+        (DIM, [], None),
+        ({**DIM, "norm_eps": 1e-6}, LAYERS[:3], None),
+        ({**DIM, "rope_theta": 5e6}, FREQS, None),
+        ({**DIM, "head_dim": 128, "hidden_dim": 14336, "rope_theta": 1e6}, [], None),  # Mistral 0.2
+        ({**DIM, "max_seq_len": 300}, FREQS, 300),  # a key of our own
+    ],
+)
+def test_the_training_length_of_metas_layout_is_determined_or_unknown(params, names, length):
+    shapes = {"output.weight": (32000, 1), "layers.0.feed_forward.w1.weight": (11008, 1)}
+    part = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = meta_to_hf(params, [{**part, **dict.fromkeys(names)}])
+    assert config["max_position_embeddings"] == length
+    assert config_from_dict(config, "x").max_position_embeddings == length
+
+
+@pytest.mark.parametrize("dim, factor", [(2048, 32.0), (3072, 32.0), (4096, 8.0), (8192, 8.0), (16384, 8.0)])
+def test_use_scaled_rope_is_what_hugging_face_publishes_and_comes_back(dim, factor):
+    params = {**DIM, "dim": dim, "n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "use_scaled_rope": True}
+    width = torch.empty(4 * dim, 1, device="meta")
+    config = config_from_dict(meta_to_hf(params, [{"layers.0.feed_forward.w1.weight": width}]), "x")
+    assert config.rope_scaling == {**PRESETS["llama-3.2-1b"].rope_scaling, "factor": factor}
+    again = hf_to_meta(config_to_dict(config))
+    assert params.items() <= again.items() and "max_seq_len" not in again
+
+
+@pytest.mark.parametrize("length", (128, 2048, 4096, 8192, None))
+@pytest.mark.parametrize("theta", (10000.0, 500000.0))
+def test_the_training_length_survives_every_layout_known_or_not(tmp_path, length, theta):
+    model = Llama(dataclasses.replace(PRESETS["test"], max_position_embeddings=length, rope_theta=theta))
+    save(model, tmp_path / "model.pt")
+    for form in FORMATS:
+        again = write_as(open_llama(tmp_path / "model.pt")[0], tmp_path / f"as-{form}", form)
+        by_theta = 8192 if form == "meta" and theta == 500000 else None  # which Meta's layout determines by itself
+        assert open_llama(again)[1].max_position_embeddings == (length or by_theta)
+    assert open_llama(tmp_path / "as-hf")[1] == model.config
+
+
+def test_a_directory_of_unknown_length_loads_in_transformers_and_says_so_in_info(tmp_path):
+    save(Llama(dataclasses.replace(PRESETS["test"], max_position_embeddings=None)), tmp_path / "hf")
+    tokens = torch.randint(0, 256, (1, 30))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert (load(tmp_path / "hf")[0](tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    result = command("--ckpt", tmp_path / "hf", "--info")
+    assert result.returncode == 0 and "an unknown number of positions" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("moe", {"num_experts": 8, "num_experts_per_tok": 2}),
+        ("quantization_args", {"scheme": "int8"}),
+        ("lora_args", {"rank": 16}),
+        ("qk_norm", True),
+        ("attention_scale", 3),
+    ],
+)
+def test_a_key_of_params_json_that_is_not_known_is_refused_by_name(model, tmp_path, key, value):
+    write_meta(model, tmp_path / "meta", 1)
+    edit(tmp_path / "meta" / "params.json", **{key: value})
+    with pytest.raises(UserError, match=f"params.json: {key} is .*may change the function and is not understood"):
+        open_llama(tmp_path / "meta")
+    edit(tmp_path / "meta" / "params.json", **{key: None})
+    assert same(load(tmp_path / "meta")[0].state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("file", ("consolidated.00.pth", "consolidated.safetensors"))
+def test_mistrals_own_layout_is_honoured(tmp_path, file):
+    model = Llama(dataclasses.replace(PRESETS["test"], head_dim=16, sliding_window=20, max_position_embeddings=None))
+    write_meta(model, tmp_path / "own", 1)
+    edit(tmp_path / "own" / "params.json", head_dim=16, sliding_window=20, hidden_dim=64, vocab_size=256)
+    weights = torch.load(tmp_path / "own" / "consolidated.00.pth")
+    (tmp_path / "own" / "consolidated.00.pth").unlink()
+    if file.endswith(".pth"):
+        torch.save(weights, tmp_path / "own" / file)
+    else:
+        safetensors.torch.save_file(weights, tmp_path / "own" / file)
+    ours, _ = load(tmp_path / "own")
+    assert ours.config == dataclasses.replace(model.config, rms_norm_eps=ours.config.rms_norm_eps)
+    assert same(ours.state_dict(), model.state_dict())
+    with pytest.raises(UserError, match="more than the model's sliding window of 20"):
+        ours(torch.zeros(1, 21, dtype=torch.int64))
+    for key in ("hidden_dim", "vocab_size"):  # what is stated is held against the matrices
+        params = (tmp_path / "own" / "params.json").read_text()
+        edit(tmp_path / "own" / "params.json", **{key: 60})
+        with pytest.raises(UserError, match="has shape .*, its config says \\[60, 32\\]"):
+            open_llama(tmp_path / "own")
+        (tmp_path / "own" / "params.json").write_text(params)
 
 
 def test_a_streamed_pt_is_what_torch_save_writes(model, tmp_path):
@@ -423,6 +535,56 @@ def test_old_bin_files_load(model, tmp_path):
         weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         torch.save(weights, tmp_path / "bin" / f"pytorch_model-{i}.bin")
     assert same(load(tmp_path / "bin")[0].state_dict(), model.state_dict())
+
+
+def as_old_bin(model, directory: Path, sharded: bool = False) -> None:
+    """The directory's weights as torch saved them before 1.6."""
+    (directory / "model.safetensors").unlink()
+    names = list(model.state_dict())
+    parts = {"pytorch_model.bin": names}
+    if sharded:
+        parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for file, part in parts.items():
+        weights = {name: model.state_dict()[name] for name in part}
+        torch.save(weights, directory / file, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("sharded", (False, True))
+def test_bin_files_of_before_torch_1_6_load_and_are_read_once(model, directory, monkeypatch, sharded):
+    as_old_bin(model, directory, sharded)
+    loads, load_file = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(options) or load_file(*args, **options))
+    assert same(load(directory)[0].state_dict(), model.state_dict())
+    assert len(loads) == 1 + sharded and all(options["weights_only"] for options in loads)
+
+
+def test_pruning_leaves_the_weights_of_an_old_bin_file_alone(model, directory, tmp_path):
+    as_old_bin(model, directory)
+    ckpt, config = open_llama(directory)
+    tokens, fingerprint = torch.zeros(1, 8, dtype=torch.long), ckpt.fingerprint()
+    settings = Settings("magnitude", (2, 4))
+    prune_checkpoint(ckpt, config, tokens, settings, tmp_path / "out", {"method": "magnitude"}, "cpu", torch.float32)
+    assert ckpt.fingerprint() == fingerprint != open_llama(tmp_path / "out")[0].fingerprint()
+
+
+@pytest.mark.parametrize("first", b"{<v\x80P")
+def test_a_header_of_any_length_is_read_whatever_its_first_byte_looks_like(directory, model, first):
+    data = (directory / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + n] + b" " * ((first - n) % 256)  # the format asks for no multiple of 8
+    assert len(header) % 256 == first
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data[8 + n :])
+    assert same(load(directory)[0].state_dict(), model.state_dict())
+
+
+def test_an_empty_tensor_is_read_as_safetensors_has_it(tmp_path):
+    weights = {"a": torch.ones(3), "b": torch.empty(0), "c": torch.ones(2), "d": torch.empty(0, 4)}
+    safetensors.torch.save_file(weights, tmp_path / "x.safetensors")
+    assert same(read_safetensors(tmp_path / "x.safetensors"), weights)
+    safetensors.torch.save_file({"b": torch.empty(0)}, tmp_path / "y.safetensors")
+    assert same(read_safetensors(tmp_path / "y.safetensors"), {"b": torch.empty(0)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -611,7 +773,6 @@ def part(folder: Path, i: int) -> dict:
     [
         (lambda d: (d / "consolidated.01.pth").unlink(), "has shape|do not fit"),
         (lambda d: [f.unlink() for f in d.glob("*.pth")], "but no consolidated"),
-        (lambda d: edit(d / "params.json", use_scaled_rope=True), "use_scaled_rope"),
         (lambda d: (d / "params.json").write_text('{"dim": 32}'), "has no 'n_layers'"),
         (lambda d: edit(d / "params.json", dim=30), "do not fit together|divisor|head_dim"),
         (lambda d: edit(d / "params.json", dim="x"), "do not fit together"),
@@ -780,9 +941,99 @@ def test_a_pickle_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_of_weights_alone_says_what_to_name(directory):
-    with pytest.raises(UserError, match="model.safetensors: is a file of weights alone; name its directory"):
-        open_checkpoint(directory / "model.safetensors")
+@pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin", "old.bin", "consolidated.00.pth"))
+def test_a_file_of_weights_alone_says_what_to_name(directory, model, name):
+    if not name.endswith(".safetensors"):
+        torch.save(model.state_dict(), directory / name, _use_new_zipfile_serialization=name != "old.bin")
+    with pytest.raises(UserError, match=f"{name}: is a file of weights alone; name its directory"):
+        open_checkpoint(directory / name)
+
+
+class Whole(torch.nn.Linear):
+    """A model that is pickled as a whole, with its class."""
+
+
+@pytest.mark.parametrize("new", (False, True))
+@pytest.mark.parametrize("file", ("model.pt", "hf/pytorch_model.bin"))
+def test_a_pickled_model_is_said_to_be_one(directory, new, file):
+    path = directory.parent / file
+    (directory / "model.safetensors").unlink()
+    torch.save({"model": Whole(2, 2), "tokenizer": None}, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(UserError, match="holds Python objects .*Whole.*, which could run code; save its state_dict"):
+        open_checkpoint(path if file == "model.pt" else directory)
+
+
+@pytest.mark.parametrize(
+    "start, words",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a Git LFS pointer, not the file itself",
+        ),
+        (b"<!DOCTYPE html><html></html>", "is a web page, not the file itself"),
+        (b"GGUF\3\0\0\0" + bytes(100), "is a GGUF file"),
+        (b'{"error": "not found"}', "is JSON and holds no weights"),
+    ],
+)
+@pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "model.pt", "x.npy"))
+def test_a_file_that_is_something_else_is_said_to_be_that(directory, start, words, name):
+    file = directory / name
+    for weights in directory.glob("model.safetensors"):
+        weights.unlink()
+    file.write_bytes(start)
+    if name.startswith("consolidated"):
+        (directory / "config.json").rename(directory / "params.json")
+        (directory / "params.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{name}: {words}"):
+        if name == "x.npy":
+            read_npy(file)
+        else:
+            open_checkpoint(file if name == "model.pt" else directory)
+
+
+@pytest.mark.parametrize("name", ("config.json", "history.json", "tokenizer_config.json", "tokenizer.model"))
+def test_a_git_lfs_pointer_is_said_to_be_one_wherever_it_stands(directory, name):
+    (directory / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: is a Git LFS pointer, not the file itself; `git lfs pull`"):
+        open_llama(directory)
+
+
+@pytest.mark.parametrize("index", (False, True))
+@pytest.mark.parametrize("lost", (1, 2, 3))
+def test_a_missing_shard_is_named(directory, model, index, lost):
+    (directory / "model.safetensors").unlink()
+    names, weight_map = sorted(model.state_dict()), {}
+    for i in (1, 2, 3):
+        file = f"model-{i:05}-of-00003.safetensors"
+        part = {name: model.state_dict()[name] for name in names[i - 1 :: 3]}
+        safetensors.torch.save_file(part, directory / file)
+        weight_map.update(dict.fromkeys(part, file))
+    if index:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert same(load(directory)[0].state_dict(), model.state_dict())
+    (directory / f"model-{lost:05}-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=f"model-{lost:05}-of-00003.safetensors: cannot be read: is missing, and model"):
+        open_llama(directory)
+
+
+def test_what_is_beside_the_point_in_a_directory_without_weights_is_said(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "zero_to_fp32.py").touch()
+    with pytest.raises(UserError, match="holds config.json but neither .*; DeepSpeed's zero_to_fp32.py makes them"):
+        open_llama(directory)
+    (directory / "model.safetensors").symlink_to("blobs/gone")
+    with pytest.raises(UserError, match="model.safetensors: cannot be read: No such file"):
+        open_llama(directory)
+    (directory / "config.json").rename(directory / "adapter_config.json")
+    with pytest.raises(UserError, match="holds an adapter of PEFT's and no model; merge it"):
+        open_llama(directory)
+
+
+def test_a_pytorch_file_under_a_safetensors_name_is_said_to_be_one(directory, model):
+    for new in (False, True):
+        torch.save(model.state_dict(), directory / "model.safetensors", _use_new_zipfile_serialization=new)
+        with pytest.raises(UserError, match="model.safetensors: is a PyTorch file, expected a safetensors file"):
+            open_llama(directory)
 
 
 def test_a_damaged_pt_is_one_line_and_status_2(random_checkpoint, tmp_path):

@@ -4,8 +4,11 @@ import dataclasses
 import gzip
 import io
 import json
+import resource
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from conftest import ROOT, SHARED, needs_shared
+from jinja2.sandbox import SecurityError
 
 from data.alpaca import prepare as alpaca
 from data.c4 import prepare as c4
@@ -218,13 +222,23 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"instruction": "a", "output": ""}]', "record 0: `output` is empty"),
         ('[{"instruction": "a", "output": "cut \\ud83d"}]', "record 0: `output`: holds half of a surrogate pair"),
         ("[" * 10**5, "is not JSON"),
+        (b"\xff[]", "is not JSON"),
+        (gzip.compress(b"[]", mtime=0), "is not JSON"),
+        ('[{"conversations": 5}]', "record 0: `conversations` is not a list of objects"),
+        ('[{"conversations": []}]', "record 0: `conversations` holds no exchange"),
+        ('[{"conversations": [{"from": "system", "value": "s"}]}]', "record 0: `conversations` holds no exchange"),
+        ('[{"conversations": [{"from": "human"}]}]', "record 0: turn 0: `value` is missing, expected a string"),
+        ('[{"messages": [{"role": "user", "content": []}]}]', "record 0: turn 0: `content` is list, expected a string"),
+        ('[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "record 0: turn 0: `content`: holds half of a"),
+        ('[{"messages": [{"role": "tool", "content": "x"}]}]', "record 0: turn 0 is by 'tool', expected human"),
+        ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `turn 1` is empty"),
         ('[{"instruction": "a", "output": "b"}]', "1 records, and --val 5 leaves none"),
         ("[]", "0 records"),
     ],
 )
 def test_bad_records_are_named(tmp_path, monkeypatch, lossless, content, message):
     path = tmp_path / "bad.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     argv = ("--tokenizer", lossless, "--json", path, "--val", 5, "--out", tmp_path / "out")
     assert f"{path}: {message}" in refusal(alpaca, monkeypatch, *argv)
     assert not (tmp_path / "out").exists()
@@ -239,13 +253,104 @@ def test_empty_records_are_left_out_when_asked_for(tmp_path, monkeypatch, capsys
     assert len(examples(tmp_path / "out", "train")) == len(RECORDS) - 5
 
 
+def decoded(tokenizer: Path, folder: Path, split: str) -> list[tuple[str, str]]:
+    """The examples of a folder as (prompt, answer)."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    pairs = [(sp.decode(tokens[1:n]), sp.decode(tokens[1:-1])) for tokens, n in examples(folder, split)]
+    return [(p, whole.removeprefix(p)) for p, whole in pairs]
+
+
+def test_records_that_are_trained_on_are_not_held_out(tmp_path, monkeypatch, capsys, lossless):
+    """A validation loss on what was trained on is none: every record stands twice, and none on both sides."""
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps(RECORDS * 2))
+    held_out = len(RECORDS) + 3  # more than half: some have both of their copies there
+    call(alpaca, monkeypatch, "--tokenizer", lossless, "--json", path, "--val", held_out, "--out", tmp_path / "out")
+    train, val = (decoded(lossless, tmp_path / "out", split) for split in ("train", "val"))
+    assert len(train) == 2 * len(RECORDS) - held_out and not set(train) & set(val)
+    dropped = held_out - len(val)
+    assert 0 < dropped < held_out
+    assert f"{dropped} of {held_out} held-out records are trained on too: left out" in capsys.readouterr().out
+
+
+def test_a_validation_file_of_ones_own(tmp_path, monkeypatch, lossless, records_file):
+    own = [{"instruction": "Name red things.", "output": "green leaf"}, RECORDS[3]]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    argv = ("--tokenizer", lossless, "--json", records_file, "--val", tmp_path / "own.json", "--out", tmp_path / "out")
+    call(alpaca, monkeypatch, *argv)
+    text = lambda r: (alpaca.prompt({"input": "", **r}), r["output"])
+    assert decoded(lossless, tmp_path / "out", "val") == [text(r) for r in own]
+    assert set(decoded(lossless, tmp_path / "out", "train")) == {text(r) for r in RECORDS if r != RECORDS[3]}
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["train"], meta["val"]) == (len(RECORDS) - 1, 2)
+    assert meta["val_digest"] == digest((tmp_path / "own.json").read_bytes())
+
+
+CHAT = [("human", "Name red things."), ("gpt", "leaf, leaf"), ("human", "Name blue things."), ("gpt", "and 2 more.")]
+ALPACA = alpaca.prompt({"instruction": CHAT[0][1], "input": "", "output": ""})
+
+
+def chats(*conversations) -> list[dict]:
+    return [
+        {"id": "x", "conversations": [{"from": by, "value": text} for by, text in turns]} for turns in conversations
+    ]
+
+
+def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(tmp_path, monkeypatch, lossless):
+    """So no question is learned under --mask_prompt, and every answer is, once."""
+    system = ("system", "Here are things.")
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = {"messages": [{"role": names[by], "content": text} for by, text in (system, *CHAT)]}
+    (tmp_path / "chat.json").write_text(json.dumps([messages]))
+    (tmp_path / "val.json").write_text(json.dumps(chats(CHAT)))
+    argv = ("--tokenizer", lossless, "--json", tmp_path / "chat.json", "--val", tmp_path / "val.json")
+    call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
+    second = f"{ALPACA}leaf, leaf\n\n### Instruction:\nName blue things.\n\n### Response:\n"
+    expected = [(ALPACA, "leaf, leaf"), (second, "and 2 more.")]  # the first as the same record in Alpaca's form
+    assert decoded(lossless, tmp_path / "out", "val") == expected
+    head = ALPACA.partition("### Instruction")[0]
+    with_system = [(p.replace(head, "Here are things.\n\n"), answer) for p, answer in expected]
+    assert decoded(lossless, tmp_path / "out", "train") == with_system
+
+
+def test_a_conversation_is_trained_on_or_held_out_as_a_whole(tmp_path, monkeypatch, lossless):
+    """The prompt of its later exchanges holds the answers of the earlier ones."""
+    turns = lambda i: [("human", f"{i} red"), ("gpt", f"{i} green"), ("human", "blue"), ("gpt", f"{i} white")]
+    more = [*turns(0), ("human", "more"), ("gpt", "and more")]  # which begins as the first
+    (tmp_path / "chat.json").write_text(json.dumps(chats(*map(turns, range(1, 9)), more)))
+    (tmp_path / "val.json").write_text(json.dumps(chats(turns(0))))
+    argv = ("--tokenizer", lossless, "--json", tmp_path / "chat.json")
+    for val in (3, tmp_path / "val.json"):
+        call(alpaca, monkeypatch, *argv, "--val", val, "--out", tmp_path / "out")
+        train, val = (decoded(lossless, tmp_path / "out", split) for split in ("train", "val"))
+        numbers = [{answer.split()[0] for _, answer in part} - {"and"} for part in (train, val)]
+        assert train and val and not numbers[0] & numbers[1]
+    assert len(train) == 16 and len(val) == 2  # without the one that begins as the held-out one
+
+
+def test_a_later_exchange_without_room_for_its_answer_is_left_out(tmp_path, monkeypatch, capsys, lossless):
+    (tmp_path / "chat.json").write_text(
+        json.dumps(chats(CHAT, *[[("human", f"{i} red"), *CHAT[1:]] for i in range(3)]))
+    )
+    first = len(load_tokenizer(lossless).encode(ALPACA + "leaf, leaf")) + 2
+    argv = ("--tokenizer", lossless, "--json", tmp_path / "chat.json", "--val", 1, "--max_len", first)
+    call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
+    assert len(examples(tmp_path / "out", "train")) == 3 and len(examples(tmp_path / "out", "val")) == 1
+    assert "4 more were later exchanges whose prompts alone are as long: left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flag, value, message",
     [
         ("--tokenizer", "none.model", "none.model: cannot be read"),
         ("--tokenizer", "records.json", "records.json: is not a sentencepiece model"),
-        ("--json", "none.json", "none.json: cannot be read"),
+        ("--json", "nowhere.json", "nowhere.json: cannot be read"),
         ("--val", 0, "argument --val: expected at least 1, found 0"),
+        ("--val", -3, "argument --val: expected at least 1, found -3"),
+        ("--val", "0.5", "0.5: cannot be read"),
+        ("--val", "file", "file: is not JSON"),
+        ("--val", "none.json", "none.json: holds no records"),
+        ("--val", "records.json", "records.json: has no record that is not held out"),
         ("--max_len", 1, "argument --max_len: expected at least 2, found 1"),
         ("--out", "file", "--out file: is a file, expected a folder"),
         ("--out", "theirs", "--out theirs: holds a train.npy or meta.json that no prepare.py of this version wrote"),
@@ -256,6 +361,7 @@ def test_wrong_flags_are_refused_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
+    Path("none.json").write_text("[]")
     Path("theirs").mkdir()
     Path("theirs/meta.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
@@ -310,7 +416,8 @@ def test_real_alpaca_records_come_back_from_llamas_tokens(tmp_path, monkeypatch)
     argv = ("--tokenizer", SHARED / "llama_tokenizer.model", "--json", SHARED / "alpaca_en_demo.json", "--val", 99)
     call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
     train, val = examples(tmp_path / "out", "train"), examples(tmp_path / "out", "val")
-    assert (len(train), len(val)) == (900, 99)
+    held_out = [tokens for tokens, _ in val]
+    assert (len(train), len(val)) == (900, 96) and not any(tokens in held_out for tokens, _ in train)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "llama_tokenizer.model"))
     texts = {alpaca.prompt(r) + r["output"] for r in json.loads((SHARED / "alpaca_en_demo.json").read_text())}
     whole = [sp.decode(t[1:-1]) for t, _ in train + val if t[-1] == sp.eos_id()]
@@ -384,9 +491,11 @@ def test_wrong_calibration_flags_are_refused_in_one_line(
         (b'{"text": 1}', 'line 1 has no string "text"'),
         (b"", "holds no document"),
         (b"\n \n", "holds no document"),
-        (gzip.compress(b'{"text": "a"}')[:-4], "is a truncated or damaged gzip file"),
+        (b"[" * 10**5, "line 1: is not JSON"),
+        (gzip.compress(b'{"text": "a"}', mtime=0)[:-4], "is a truncated or damaged gzip file"),
+        (gzip.compress(b'{"text": "a"}', mtime=0)[:-12] + b"\xff" * 12, "is a truncated or damaged gzip file"),
     ],
-    ids=("no json", "no object", "no utf-8", "surrogate", "no text", "no string", "empty", "blank", "truncated"),
+    ids="no-json no-object no-utf-8 surrogate no-text no-string empty blank deep truncated damaged".split(),
 )
 def test_a_file_that_is_not_like_c4_is_refused_by_its_name(tmp_path, monkeypatch, tokenizer_file, content, words):
     path = tmp_path / "bad.jsonl"
@@ -396,7 +505,7 @@ def test_a_file_that_is_not_like_c4_is_refused_by_its_name(tmp_path, monkeypatch
     assert not (tmp_path / "calib.npy").exists()
 
 
-@pytest.mark.parametrize("name, value", [("LONGEST", 300), ("MOST", 2)])
+@pytest.mark.parametrize("name, value", [("LONGEST", 300), ("MOST", 2), ("LARGEST", 700)])
 @pytest.mark.parametrize("pack", (lambda data: data, gzip.compress), ids=("plain", "gzipped"))
 def test_a_file_larger_than_any_of_c4_is_refused(tmp_path, monkeypatch, tokenizer_file, name, value, pack):
     path = tmp_path / "large.jsonl"
@@ -405,6 +514,25 @@ def test_a_file_larger_than_any_of_c4_is_refused(tmp_path, monkeypatch, tokenize
     monkeypatch.setattr(c4, name, value)
     assert f"{path}: line {1 if name == 'LONGEST' else 3}: more than" in refusal(c4, monkeypatch, *argv)
     assert not (tmp_path / "calib.npy").exists()
+
+
+def test_a_gzip_bomb_takes_no_memory(tmp_path, tokenizer_file):
+    """256 MB without an end of line, in 260 KB: the reader stops at the longest line that it takes."""
+    with gzip.open(tmp_path / "bomb.json.gz", "wb", compresslevel=9) as f:
+        for _ in range(256):
+            f.write(b"a" * 2**20)
+    line = [sys.executable, ROOT / "data" / "c4" / "prepare.py", "--tokenizer", tokenizer_file]
+    line += ["--json", tmp_path / "bomb.json.gz", "--out", tmp_path / "calib.npy"]
+    code = f"import resource, runpy, sys; sys.argv = {[str(x) for x in line[1:]]}\n"
+    code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (
+        "bomb.json.gz: line 1: more than 67,108,864 bytes in a line" in done.stderr and "Traceback" not in done.stderr
+    )
+    alone = "import model, data.tokenizer, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    idle = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert int(done.stdout) < int(idle.stdout) + 200  # MB: the line, and a copy of it while it grows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -493,6 +621,15 @@ CONFIGS = {
     "python": {"output_type": "multiple_choice", **TEMPLATE, "doc_to_text": "def doc_to_text(doc): ..."},
     "generates": {"output_type": "generate_until", **TEMPLATE},
     "few_shot": {"output_type": "multiple_choice", **TEMPLATE, "num_fewshot": 5},
+    "mc2": {
+        "output_type": "multiple_choice",
+        **TEMPLATE,
+        "process_results": "def process_results_mc2(doc, results): ...",
+    },
+    "delimiter": {"output_type": "multiple_choice", **TEMPLATE, "target_delimiter": "->"},
+    "metrics": {"output_type": "multiple_choice", **TEMPLATE, "metric_list": ["acc"]},
+    "prefix": {"output_type": "multiple_choice", **TEMPLATE, "gen_prefix": "So:"},
+    "surrogate": {"output_type": "multiple_choice", **TEMPLATE, "doc_to_text": "{{ '\\ud83d' }}"},
 }
 MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "logic"}
 
@@ -519,6 +656,14 @@ MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject"
         ("--task python --json docs --config configs", "python: doc_to_text is Python code"),
         ("--task generates --json docs --config configs", "generates: only zero-shot multiple-choice"),
         ("--task few_shot --json docs --config configs", "few_shot: only zero-shot multiple-choice"),
+        ("--task mc2 --json docs --config configs", "mc2: process_results is Python code"),
+        (
+            "--task delimiter --json docs --config configs",
+            "delimiter: its target_delimiter is '->', expected white space",
+        ),
+        ("--task metrics --json docs --config configs", "metrics: its metric_list is not a list of"),
+        ("--task prefix --json docs --config configs", "prefix: gen_prefix is 'So:', which is not rendered here"),
+        ("--task surrogate --json docs --config configs", "document 0 is not of task surrogate: UnicodeEncodeError"),
     ],
 )
 def test_a_task_that_cannot_be_rendered_is_refused_in_one_line(tmp_path, monkeypatch, flags, words):
@@ -532,6 +677,45 @@ def test_a_task_that_cannot_be_rendered_is_refused_in_one_line(tmp_path, monkeyp
         Path(name).write_text(content)
     assert words in refusal(lm_eval, monkeypatch, *flags.split(), "--out", "out")
     assert not Path("out").exists()
+
+
+def test_a_task_keeps_its_delimiter_and_its_metrics(tmp_path, monkeypatch, capsys):
+    metrics = [{"metric": name} for name in ("acc", "f1", "acc_mutual_info")]
+    config = {**CONFIGS["choice"], "target_delimiter": "\n", "metric_list": metrics}
+    (tmp_path / "configs.json").write_text(json.dumps({"configs": {"mine": config}}))
+    (tmp_path / "docs.jsonl").write_text('{"q": "why"}\n')
+    argv = ("--task", "mine", "--json", tmp_path / "docs.jsonl", "--config", tmp_path / "configs.json")
+    call(lm_eval, monkeypatch, *argv, "--out", tmp_path)
+    [sample] = [json.loads(x) for x in (tmp_path / "samples_mine.jsonl").read_text().splitlines()]
+    assert [a["arg_1"] for a in sample["arguments"].values()] == ["\na", "\nb"]
+    assert sample["metrics"] == ["acc", "f1"]
+    assert "acc_mutual_info is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "template, error, words",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", TimeoutError, "0.5 seconds"),
+        ("{{ 9**(9**9) }}", TimeoutError, "0.5 seconds"),  # a constant, which Jinja computes while it compiles
+        ("{{ q | regex_replace('(a+)+$', '') }}", TimeoutError, "0.5 seconds"),
+        ("{{ 'x' * 10**10 }}", MemoryError, None),
+        ("{{ '%09999999999d' % 3 }}", MemoryError, None),
+        ("{% for i in range(10**9) %}{% endfor %}", OverflowError, "Range too big"),
+        ("{{ ''.__class__.__mro__ }}", SecurityError, "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id') }}", SecurityError, "unsafe"),
+        ("{{ d.update(x=1) }}", SecurityError, "unsafe"),
+    ],
+)
+def test_a_template_that_reaches_too_far_is_stopped(monkeypatch, template, error, words):
+    """A results file may be anybody's."""
+    monkeypatch.setattr(lm_eval.bounded, "__defaults__", (0.5, 2**28))
+    render = lm_eval.from_config({**CONFIGS["choice"], "doc_to_text": template}, "choice")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    start = time.monotonic()
+    with pytest.raises(error, match=words):
+        render({"q": "a" * 40 + "b", "d": {}})
+    assert time.monotonic() - start < 5
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

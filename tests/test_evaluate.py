@@ -7,7 +7,9 @@ import os
 import random
 import re
 import signal
+import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +48,7 @@ def record(i: int, context, choices, target="0", **more) -> dict:
     contexts = context if isinstance(context, list) else [context] * len(choices)
     pairs = zip(contexts, choices, strict=True)
     arguments = {f"gen_args_{k}": {"arg_0": c, "arg_1": f" {t}"} for k, (c, t) in enumerate(pairs)}
-    return {"doc_id": i, "doc": {"q": str(i)}, "target": target, "arguments": arguments, "metrics": ["acc"]} | more
+    return {"doc_id": i, "doc": {"q": str(i)}, "target": target, "arguments": arguments} | more
 
 
 def write(path: Path, records) -> Path:
@@ -268,6 +270,24 @@ def test_a_context_longer_than_the_model_is_cut_from_the_left(model, tokenizer):
     assert scores[0][0][0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_special_tokens_in_a_context_are_those_tokens_and_bos_is_not_doubled(tokenizer):
+    bos, eos = tokenizer.bos, tokenizer.eos[0]
+    for add_bos in (False, True):
+        x, targets = encode_pair(tokenizer, "<s>bada</s> kimu", " dogu", add_bos, 128)
+        assert x[0] == bos and x.count(bos) == 1 and x.count(eos) == 1
+        assert tokenizer.decode([*x[: len(x) + 1 - len(targets)], *targets]).split() == ["<s>bada</s>kimu", "dogu"]
+    plain, _ = encode_pair(tokenizer, "bada", " dogu", True, 128)
+    assert plain[0] == bos and plain.count(bos) == 1
+    # without a context the one that is written takes the place of the one that is added
+    assert encode_pair(tokenizer, "", "<s>bada", False, 128) == encode_pair(tokenizer, "<s>", "bada", False, 128)
+
+
+def test_bos_is_not_doubled_before_a_page(model, tokenizer):
+    page = lambda text: [read_document({"doc": {}, "arguments": [[text]]}, "here")]
+    values = [run_task(model, tokenizer, page("<s>bada kimu"), add_bos=add_bos)[1] for add_bos in (False, True)]
+    assert values[0] == values[1] != run_task(model, tokenizer, page("bada kimu"), add_bos=True)[1]
+
+
 def test_rolling_windows_predict_every_token_once():
     tokens = list(range(100, 123))
     windows = rolling_windows(tokens, 1, 10)
@@ -276,8 +296,14 @@ def test_rolling_windows_predict_every_token_once():
     assert windows[2] == (tokens[12:22], tokens[20:23])  # the last window looks back as far as it can
 
 
+def read(records: list[dict], name="x") -> list[Document]:
+    """The documents of a samples file of these records."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_task(write(Path(folder) / f"samples_{name}.jsonl", records))[1]
+
+
 def document(choices, target, context="q", **more):
-    return read_document(record(0, context, choices, target, **more), "here")
+    return read([record(0, context, choices, target, **more)])[0]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +311,13 @@ def document(choices, target, context="q", **more):
     [
         (["a", "b"], "1", {1}),
         (["a", "b"], "b", {1}),
-        (["2", "1", "0"], "1", {1}),  # a digit that is a choice is a text
+        (["1", "2", "0"], "1", {1}),  # an index, even if a choice has the same text
+        (["7", "8"], "8", {1}),  # no index: a text
+        (["no", "yes"], "True", {1}),  # a boolean of a two-choice task is an index
+        (["no", "yes"], "False", {0}),
+        (["no", "yes"], True, {1}),
+        (["True", "False"], "True", {0}),  # but for a choice of that name
+        (["a", "b", "c"], "True", {-100}),
         (["a", "b", "c"], "[0, 2]", {0, 2}),
         (["a", "b"], "['b']", {1}),
         (["a", "b"], "nowhere", {-100}),  # always wrong
@@ -299,7 +331,105 @@ def test_gold_is_read_from_every_form_of_target(choices, target, gold):
 
 def test_winograndes_gold_is_its_answer():
     doc = record(0, ["x a", "x b"], ["tail", "tail"], "tail") | {"doc": {"answer": "2"}}
-    assert read_document(doc, "here").gold == {1}
+    assert read([doc])[0].gold == {1}
+
+
+@pytest.mark.parametrize(
+    "targets, golds",
+    [
+        (["1", "0"], [{1}, {0}]),  # within the choices of every document: indices
+        (["1", "9"], [{0}, {1}]),  # not within those of the second: texts
+        (["1", "seven"], [{0}, {-100}]),  # a text, so all are
+        (["-100", "1"], [{-100}, {0}]),
+        ([1, 9], [{1}, {9}]),  # numbers of lm-eval until 0.4.3 say themselves what they are
+        ([1, "9"], [{1}, {1}]),
+    ],
+)
+def test_whether_targets_are_indices_is_decided_for_the_whole_file(targets, golds):
+    choices = [["1", "2"], ["1", "9"]]
+    documents = read([record(i, "q", choices[i], target) for i, target in enumerate(targets)])
+    assert [d.gold for d in documents] == golds
+
+
+def test_targets_that_are_no_choices_anywhere_are_indices():
+    documents = read([record(i, "q", ["a", "b"], target) for i, target in enumerate(["1", "2", "-100"])])
+    assert [d.gold for d in documents] == [{1}, {2}, {-100}]  # the others are out of range, and never right
+
+
+@needs_shared
+def test_golds_of_real_files_are_those_of_their_documents():
+    for file, gold in (
+        ("arc_easy", lambda doc: doc["choices"]["label"].index(doc["answerKey"])),
+        ("boolq", lambda doc: doc["label"]),
+        ("hellaswag", lambda doc: int(doc["label"])),
+    ):
+        _, documents = read_task(SAMPLES / f"dummy_0shot__{file}_local.jsonl")
+        assert [d.gold for d in documents] == [{gold(d.record["doc"])} for d in documents]
+
+
+@pytest.mark.parametrize("delimiter", ("", " ", "\n", "  "))
+def test_the_delimiter_is_the_white_space_that_all_continuations_begin_with(delimiter):
+    arguments = [["q", f"{delimiter}{choice}"] for choice in ("bb", " aaa")]  # a choice's own space is a character
+    [d] = read([record(0, "q", ["x", "y"], "bb", arguments=arguments)])
+    assert d.choices == ["bb", " aaa"] and d.gold == {0}
+    assert document_metrics(d, [(-2.0, False), (-3.9, False)])["acc_norm"] == 0.0  # -1 and -0.975
+    assert document_metrics(d, [(-2.0, False), (-4.1, False)])["acc_norm"] == 1.0
+
+
+def test_a_target_finds_its_choice_where_all_choices_begin_with_a_space():
+    [d] = read([record(0, "q", ["x", "y"], " b", arguments=[["q", " a"], ["q", " b"]])])
+    assert d.gold == {1}
+
+
+def test_only_the_metrics_that_a_file_names_and_that_are_computed_are_reported(
+    random_checkpoint, tmp_path, main, capsys
+):
+    write(tmp_path / "samples_f1.jsonl", [r | {"metrics": ["acc", "f1"]} for r in made_up()])
+    main(random_checkpoint, tmp_path / "r.json", "--tasks", tmp_path / "samples_f1.jsonl")
+    result = json.loads((tmp_path / "r.json").read_text())["results"]["f1"]
+    assert result.keys() == {"acc", "acc_stderr", "n", "tokens"}
+    assert "f1: f1 is not computed here, and left out" in capsys.readouterr().out
+
+
+def truthful(i, labels, mc1=None, **more) -> dict:
+    choices = ["aa", "bb", "cc"]
+    mc1 = {"choices": mc1 or choices[:2], "labels": [1, 0]}
+    doc = {"mc1_targets": mc1, "mc2_targets": {"choices": choices, "labels": labels}}
+    return record(i, "q", choices, "0", doc=doc, **more)
+
+
+def test_truthfulqa_with_several_right_choices_shares_their_probability():
+    p = [0.5, 0.2, 0.1]
+    scores = [(math.log(x), False) for x in p]
+    [d] = read([truthful(0, [1, 0, 1], metrics=["acc"])])
+    assert document_metrics(d, scores) == {"acc": pytest.approx(0.6 / 0.8)}
+    low = [(value - 5000, False) for value, _ in scores]  # where exp gives 0 for all
+    assert document_metrics(d, low) == {"acc": pytest.approx(0.6 / 0.8)}
+    values = [0.3, 0.75, 0.5]
+    mean, error = evaluate.mean_and_error(values)
+    assert error == pytest.approx(statistics.stdev(values) / math.sqrt(3)) and mean == pytest.approx(sum(values) / 3)
+
+
+def test_truthfulqas_two_tasks_are_told_apart_by_their_choices_or_the_name():
+    both = [truthful(0, [1, 1, 0], mc1=["aa", "bb", "cc"])]
+    assert [read(both, name)[0].mc2 for name in ("truthfulqa_mc1", "truthfulqa_mc2")] == [False, True]
+    with pytest.raises(UserError, match="truthfulqa_mc1 or of truthfulqa_mc2"):
+        read(both)
+    first = truthful(0, [1, 1, 0])
+    first["arguments"] = [["q", " aa"], ["q", " bb"]]
+    assert not read([first])[0].mc2
+    with pytest.raises(UserError, match="no mc2_targets"):
+        read([record(0, "q", ["a", "b"])], "truthfulqa_mc2")
+    with pytest.raises(UserError, match="`labels`"):
+        read([truthful(0, [1, 0])])
+
+
+def test_an_acc_that_lm_eval_computed_otherwise_is_refused():
+    """Whatever the task is: the scores that it logged do not give the acc that it logged by the rules known here."""
+    logged = {"filtered_resps": [["-1.0", "False"], ["-2.0", "False"]]}
+    assert read([record(0, "q", ["a", "b"], "0", acc=1.0, **logged)])
+    with pytest.raises(UserError, match="its logged acc is 0.73; by the rules known here its scores give 1"):
+        read([record(0, "q", ["a", "b"], "0", acc=0.73, **logged)])
 
 
 def test_ties_go_to_the_first_and_norm_counts_characters():
@@ -310,8 +440,11 @@ def test_ties_go_to_the_first_and_norm_counts_characters():
 
 
 def test_mutual_information_subtracts_the_unconditional():
-    d = Document({"acc_mutual_info": 0.0}, [("q", " a"), ("q", " b"), ("", " a"), ("", " b")], {1})
     scores = [(value, False) for value in (-1.0, -2.0, -1.0, -5.0)]
+    arguments = [["q", " a"], ["q", " b"], ["", "a"], ["", "b"]]  # not all versions write the second delimiter
+    [d] = read([record(0, "", "ab", "b", arguments=arguments, metrics=["acc", "acc_mutual_info"])])
+    assert document_metrics(d, scores) == {"acc": 0.0, "acc_mutual_info": 1.0}
+    d = Document({"acc_mutual_info": 0.0}, [("q", " a"), ("q", " b"), ("", " a"), ("", " b")], {1})
     assert document_metrics(d, scores) == {"acc": 0.0, "acc_norm": 0.0, "acc_bytes": 0.0, "acc_mutual_info": 1.0}
 
 
@@ -323,9 +456,12 @@ def test_a_task_without_contexts_keeps_all_its_choices():
 
 def test_aggregates_are_lm_evals():
     results = {
-        f"mmlu_{i}": evaluate.summarise([{"acc": float(k < right)} for k in range(n)])
-        for i, (right, n) in enumerate([(3, 10), (5, 6)])
+        f"mmlu_{subject}": evaluate.summarise([{"acc": float(k < right)} for k in range(n)])
+        for subject, right, n in (("anatomy", 3, 10), ("virology", 5, 6))
     }
+    for variant in ("mmlu_pro_biology", "mmlu_flan_cot_zeroshot_anatomy", "mmlu_continuation_anatomy", "mmlu_stem"):
+        results[variant] = {"acc": 0.0, "acc_stderr": 0.0, "n": 1000}  # tasks of other names are other tasks
+    assert len(set(evaluate.MMLU)) == 57
     mmlu = aggregates(results)
     assert mmlu["mmlu"]["acc"] == pytest.approx(8 / 16)
     assert mmlu["mmlu, mean of subjects"]["acc"] == pytest.approx((0.3 + 5 / 6) / 2)
@@ -338,7 +474,7 @@ def test_aggregates_are_lm_evals():
 
 
 def test_subjects_of_one_document_have_no_error():
-    results = {f"mmlu_{i}": evaluate.summarise([{"acc": 1.0}]) for i in range(2)}
+    results = {f"mmlu_{name}": evaluate.summarise([{"acc": 1.0}]) for name in ("anatomy", "virology")}
     assert aggregates(results)["mmlu"] == {"acc": 1.0, "acc_stderr": None, "n": 2}
 
 
@@ -510,9 +646,10 @@ def test_logged_samples_hold_what_the_document_held(tmp_path):
 
 
 def test_a_document_logged_for_two_filters_counts_once(tmp_path):
-    records = [record(0, "q", ["a", "b"], filter=name) for name in ("none", "strict")]
-    _, documents = read_task(write(tmp_path / "samples_x.jsonl", records))
-    assert len(documents) == 1
+    for more in ([{"filter": "none"}, {"filter": "strict"}], [{}, {}]):  # the name is there since 0.4.7
+        records = [record(0, "q", ["a", "b"], doc_hash="h") | m for m in more]
+        _, documents = read_task(write(tmp_path / "samples_x.jsonl", records))
+        assert len(documents) == 1
 
 
 AB = record(0, "q", ["a", "b"])
@@ -537,6 +674,14 @@ def with_arguments(arguments, **more) -> dict:
         ([with_arguments([[""]])], "holds no text"),
         ([AB, record(1, "q", ["a", "b"], doc={"other": 1})], "line 2 is of another task"),
         ([AB, with_arguments([["text"]], doc_id=1)], "line 2 is of another task"),
+        ([AB, AB | {"doc": {"q": "other"}}], "line 2 has the doc_id 0 of another line: two files"),
+        ([AB, AB | {"doc_hash": "other"}], "line 2 has the doc_id 0 of another line: two files"),
+        ([AB, with_arguments([["shots q", " a"], ["shots q", " b"]])], "line 2 has the doc_id 0 of another line"),
+        ([AB | {"filter": "none"}] * 2, "line 2 has the doc_id 0 of another line"),
+        ([AB, record(1, "q", ["a", "b"], metrics=["acc"])], "line 2 is of another task"),
+        ([AB | {"metrics": ["f1", "em"]}], "is scored by f1, em, which is not computed here"),
+        ([AB | {"target": 0.5}], "neither an index nor a text"),
+        ([AB | {"target": "[{}]"}], "neither an index nor a text"),
         ([record(0, "q", ["a"])], "1 choices"),
         ([record(0, "q", ["a", "b"], doc={"choices": ["a", "b", "c"]})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], doc={"choices": {"text": ["a", "b", "c"]}})], "a choice was lost"),

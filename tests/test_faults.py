@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import forks
@@ -26,12 +27,12 @@ CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir",
 FAULTS = {"full": errno.ENOSPC, "broken": errno.EIO, "killed": None}
 
 
-def run_with_fault(line: list[str], folder: str, output: str, fault: str, k: int) -> None:
+def run_with_fault(line: list[str], folder: str, output: Connection, calls: Path, fault: str, k: int) -> None:
     """What a forked process does: the command, whose k-th file-system call within `folder` fails. Python announces its
     own calls to audit hooks, which may raise; torch's writer and fsync are counted as they are entered."""
-    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     count = 0
 
     def call(error: type = OSError) -> None:
@@ -67,27 +68,33 @@ def run_with_fault(line: list[str], folder: str, output: str, fault: str, k: int
         status = 1
     finally:
         k = -1  # what follows is the harness's
-        Path(f"{output}.calls").write_text(str(count))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        calls.write_text(str(count))
         os._exit(status)
 
 
 def run(line: list, tmp: Path, fault: str = "full", k: int = 0, nbytes: int | None = None) -> tuple[int, str, int]:
     """(exit status, what it printed, how many calls it made). nbytes: files larger than that cannot be written."""
-    output = tmp.parent / f"{tmp.name}.output"
-    Path(f"{output}.calls").unlink(missing_ok=True)
-    job = forks.FORKS.Process(target=limited, args=([str(x) for x in line], f"{tmp}/", str(output), fault, k, nbytes))
+    calls = tmp.parent / f"{tmp.name}.calls"
+    calls.unlink(missing_ok=True)
+    reader, writer = forks.FORKS.Pipe(duplex=False)  # and no file: its size would be limited too
+    args = ([str(x) for x in line], f"{tmp}/", writer, calls, fault, k, nbytes)
+    job = forks.FORKS.Process(target=limited, args=args)
     job.start()
+    writer.close()
+    text = b""
+    while data := os.read(reader.fileno(), 2**16):  # until the process has ended
+        text += data
     job.join(60)
     assert not job.is_alive(), line
-    calls = Path(f"{output}.calls")
-    return job.exitcode, output.read_text(errors="replace"), int(calls.read_text()) if calls.exists() else 0
+    return job.exitcode, text.decode(errors="replace"), int(calls.read_text()) if calls.exists() else 0
 
 
-def limited(line: list[str], folder: str, output: str, fault: str, k: int, nbytes: int | None) -> None:
+def limited(line: list[str], folder: str, output: Connection, calls: Path, fault: str, k: int, nbytes: int | None):
     if nbytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit is an OSError
-        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
-    run_with_fault(line, folder, output, fault, k)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+    run_with_fault(line, folder, output, calls, fault, k)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +121,8 @@ def inputs(tmp_path_factory, tokenizer_file, tokenizer) -> Path:
     (folder / "boolq.jsonl").write_text("".join(json.dumps(d) + "\n" for d in boolq))
     prepare = [ROOT / "data/alpaca/prepare.py", "--tokenizer", folder / "tokenizer.model"]
     prepare += ["--json", folder / "alpaca.json", "--val", 8, "--out", folder / "alpaca"]
-    assert run(prepare, folder)[0] == 0
+    status, text, _ = run(prepare, folder)
+    assert status == 0, text
     assert (
         run([*TRAIN, "--ckpt", folder / "pruned.pt", "--data", folder / "alpaca", "--out_dir", folder / "run"], folder)[
             0

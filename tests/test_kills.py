@@ -120,7 +120,8 @@ def test_a_supervised_training_ends_as_if_nothing_had_happened(world, tmp_path, 
             longest = max(longest, wait_for_orphans(mark))
             if process.returncode == 0:
                 break
-            assert "Traceback" not in text or "SignalException" in text or "ChildFailedError" in text, text
+            # torchrun prints tracebacks of its own; one of ours may only be Python's word for a signal during imports
+            assert 'train.py", line' not in text or "KeyboardInterrupt" in text, text
         assert outcome(folder) == outcome(tmp_path / "whole"), strikes
         shutil.rmtree(folder)
     print(f"{len(strikes)} strikes in {lives} runs, orphans lived {longest:.1f} s at most: {', '.join(strikes)}")

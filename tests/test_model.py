@@ -99,6 +99,13 @@ def test_stories260k_equals_transformers_in_both_layouts():
         ("llama-2-7b", 6_738_415_616),
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, count):
@@ -275,6 +282,159 @@ def test_config_defaults_are_llama_7b():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# models as they are published
+
+
+def published(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, kv=None, **more):
+    """A config.json of the keys that nearly all have; those that are left out are None."""
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
+    values.update(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size)
+    values.update(num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads, num_key_value_heads=kv)
+    values.update(initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    values.update(torch_dtype="bfloat16", transformers_version="4.40.0", max_position_embeddings=2048)
+    values = {key: value for key, value in {**values, **more}.items() if value is not None}
+    return values
+
+
+LLAMA_2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pretraining_tp": 1, "rope_scaling": None}
+LLAMA_3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False}
+LLAMA_3.update(mlp_bias=False, attention_dropout=0.0, pretraining_tp=1, bos_token_id=128000, eos_token_id=128001)
+SCALING = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+LLAMA_3_1 = {**LLAMA_3, "max_position_embeddings": 131072, "rope_scaling": {**SCALING, "rope_type": "llama3"}}
+LLAMA_3_2 = {**LLAMA_3_1, "rope_scaling": {**SCALING, "factor": 32.0, "rope_type": "llama3"}, "head_dim": 64}
+LLAMA_3_2["tie_word_embeddings"] = True
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "max_position_embeddings": 32768}
+MISTRAL.update(rms_norm_eps=1e-5, pad_token_id=None)
+NO_WINDOW = {"sliding_window": None}  # a null that counts: where the key is absent it is 4,096
+SMOL = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_interleaved": False, "is_llama_config": True}
+SMOL.update(tie_word_embeddings=True, attention_bias=False, pretraining_tp=1, rope_scaling=None)
+B8 = (128256, 4096, 14336, 32, 32, 8)
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+GROUPS = {"config_groups": {"group_0": {"weights": FP8, "targets": ["Linear"]}}, "quant_method": "compressed-tensors"}
+SPARSE = {"config_groups": {}, "format": "dense", "quant_method": "compressed-tensors"}
+SPARSE["sparsity_config"] = {"format": "dense", "global_sparsity": 0.45, "sparsity_structure": "2:4", "ignore": []}
+BITMASK = {**SPARSE, "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}}
+GPTQ = {"bits": 4, "group_size": 128, "quant_method": "gptq"}
+PUBLISHED = {  # from memory of their public form: with the number of parameters, or with what is said of them
+    "LLaMA 7B": (published(32000, 4096, 11008, 32, 32, rms_norm_eps=1e-6), 6_738_415_616),
+    "LLaMA 65B": (published(32000, 8192, 22016, 80, 64, rms_norm_eps=1e-5), 65_285_660_672),
+    "LLaMA-2 13B": (published(32000, 5120, 13824, 40, 40, 40, **LLAMA_2), 13_015_864_320),
+    "LLaMA-2 70B": (published(32000, 8192, 28672, 80, 64, 8, **LLAMA_2), 68_976_648_192),
+    "LLaMA-3 8B": (published(*B8, **LLAMA_3), 8_030_261_248),
+    "LLaMA-3.1 70B": (published(128256, 8192, 28672, 80, 64, 8, **LLAMA_3_1), 70_553_706_496),
+    "LLaMA-3.2 1B": (published(128256, 2048, 8192, 16, 32, 8, **LLAMA_3_2), 1_235_814_400),
+    "LLaMA-3.2 3B": (published(128256, 3072, 8192, 28, 24, 8, **{**LLAMA_3_2, "head_dim": 128}), 3_212_749_824),
+    "CodeLlama 7B": (
+        published(32016, 4096, 11008, 32, 32, 32, max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=1e6),
+        6_738_546_688,
+    ),
+    "CodeLlama 34B": (
+        published(32000, 8192, 22016, 48, 64, 8, max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=1e6),
+        33_743_970_304,
+    ),
+    "Vicuna 7B 1.5": (published(32000, 4096, 11008, 32, 32, 32, **LLAMA_2), 6_738_415_616),
+    "TinyLlama 1.1B": (published(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5), 1_100_048_384),
+    "OpenLLaMA 3B": (published(32000, 3200, 8640, 26, 32, rms_norm_eps=1e-6), 3_426_473_600),
+    "Mistral 7B 0.1": (published(32000, 4096, 14336, 32, 32, 8, sliding_window=4096, **MISTRAL), 7_241_732_096),
+    "Mistral 7B 0.2": (
+        {**published(32000, 4096, 14336, 32, 32, 8, rope_theta=1e6, **MISTRAL), **NO_WINDOW},
+        7_241_732_096,
+    ),
+    "Mistral 7B 0.3": (
+        {**published(32768, 4096, 14336, 32, 32, 8, rope_theta=1e6, **MISTRAL), **NO_WINDOW},
+        7_248_023_552,
+    ),
+    "SmolLM2 135M": (published(49152, 576, 1536, 30, 9, 3, rope_theta=100000, **SMOL), 134_515_008),
+    "SmolLM2 360M": (published(49152, 960, 2560, 32, 15, 5, rope_theta=100000, **SMOL), 361_821_120),
+    "SmolLM2 1.7B": (published(49152, 2048, 8192, 24, 32, 32, rope_theta=130000, **SMOL), 1_711_376_384),
+    "DeepSeek-R1-Distill-Llama 8B": (published(*B8, **LLAMA_3_1), 8_030_261_248),
+    "Yi 6B": (published(64000, 4096, 11008, 32, 32, 4, rms_norm_eps=1e-5, rope_theta=5e6), 6_061_035_520),
+    "Yi 34B": (published(64000, 7168, 20480, 60, 56, 8, rms_norm_eps=1e-5, rope_theta=5e6), 34_388_917_248),
+    "SOLAR 10.7B": (published(32000, 4096, 14336, 48, 32, 8, rms_norm_eps=1e-5), 10_731_524_096),
+    "Sparse-Llama-3.1 8B 2of4": (published(*B8, **LLAMA_3_1), 8_030_261_248),
+    "the same, said to be stored dense": (published(*B8, **LLAMA_3_1, quantization_config=SPARSE), 8_030_261_248),
+    "Sparse-Llama-3.1 8B 2of4 in FP8": (
+        published(*B8, **LLAMA_3_1, quantization_config=GROUPS),
+        "quantization_config: its weights are stored by 'compressed-tensors'",
+    ),
+    "a 2:4 model as a bitmask": (
+        published(*B8, **LLAMA_3_1, quantization_config=BITMASK),
+        "quantization_config: its weights are stored by 'compressed-tensors'",
+    ),
+    "LLaMA-2 7B by GPTQ": (
+        published(32000, 4096, 11008, 32, 32, 32, **LLAMA_2, quantization_config=GPTQ),
+        "quantization_config: its weights are stored by 'gptq'",
+    ),
+    "Granite 3B Code": (
+        published(49152, 2560, 10240, 32, 32, 32, attention_bias=True, mlp_bias=True),
+        "attention_bias is True, expected False",
+    ),
+    "Granite 3.0 2B": (
+        published(49155, 2048, 8192, 40, 32, 8, model_type="granite", logits_scaling=8.0),
+        "model_type is 'granite', expected 'llama' or 'mistral'",
+    ),
+    "Mixtral 8x7B": (
+        published(32000, 4096, 14336, 32, 32, 8, **{**MISTRAL, "model_type": "mixtral"}, num_local_experts=8),
+        "model_type is 'mixtral', expected 'llama' or 'mistral'",
+    ),
+    "LLaMA-2 7B by YaRN": (
+        published(32000, 4096, 11008, 32, 32, **{**LLAMA_2, "rope_scaling": {"type": "yarn", "factor": 16.0}}),
+        "rope_scaling is .*yarn.*expected one of LLaMA's types",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_number_of_parameters_or_is_refused_for_the_true_reason(name):
+    values, expected = PUBLISHED[name]
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"^config.json: config: {expected}"):
+            config_from_dict(values, "config.json")
+        return
+    config = config_from_dict(values, "config.json")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Llama(config).parameters()) == expected
+    for key in ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "head_dim"):
+        assert key not in values or getattr(config, key) == values[key]
+    assert config.sliding_window == (4096 if name == "Mistral 7B 0.1" else None)
+
+
+@pytest.mark.parametrize(
+    "key, plain, other",
+    [
+        ("partial_rotary_factor", 1.0, 0.5),
+        ("logits_scaling", 1.0, 8.0),
+        ("logit_scale", 1, 0.25),
+        ("attention_multiplier", 8**-0.5, 0.015625),
+        ("residual_multiplier", 1.0, 0.22),
+        ("embedding_multiplier", 1.0, 12.0),
+        ("query_pre_attn_scalar", 8, 256),
+        ("qk_norm", False, True),
+        ("use_qk_norm", False, True),
+        ("num_local_experts", 0, 8),
+        ("num_experts", 0, 64),
+        ("pretraining_tp", 1, 2),
+        ("use_sliding_window", False, True),
+        ("no_rope_layers", [], [1, 1, 1, 0]),
+        ("final_logit_softcapping", None, 30.0),
+        ("attn_logit_softcapping", None, 50.0),
+        ("quantization_config", None, "int8"),
+        ("compression_config", None, {"format": "pack-quantized"}),
+        ("layer_types", ["full_attention"], ["full_attention", "sliding_attention"]),
+        ("clip_qkv", None, 8.0),
+        ("hidden_act", "swish", "relu"),
+    ],
+)
+def test_a_setting_that_changes_the_function_is_refused_by_name_unless_it_says_what_llama_does(key, plain, other):
+    values = config_to_dict(PRESETS["test"])
+    for same_as_llama in (plain, None):
+        assert config_from_dict({**values, key: same_as_llama}, "config.json") == PRESETS["test"]
+    with pytest.raises(UserError, match=f"^config.json: config: {key}") as e:
+        config_from_dict({**values, key: other}, "config.json")
+    assert "\n" not in str(e.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # settings that are not understood
 
 BIG = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
@@ -343,6 +503,38 @@ def test_a_prompt_goes_on_as_its_flags_say(random_checkpoint, monkeypatch, capsy
     assert says(*hot) == says(*hot) != says("--temperature", 2, "--seed", 2)
     assert says(*hot, "--top_p", 0) == greedy != says(*hot)
     assert says("--dtype", "bfloat16").startswith("bada")
+
+
+def test_a_conversion_asks_for_the_dtype_where_the_weights_have_several(model, tmp_path):
+    model.model.norm.half()
+    save(model, tmp_path / "mixed.pt")
+    result = command("--ckpt", tmp_path / "mixed.pt", "--out", tmp_path / "hf")
+    assert result.returncode == 2 and "several dtypes (float16, float32); choose one with --dtype" in result.stderr
+    assert not (tmp_path / "hf").exists()
+    assert command("--ckpt", tmp_path / "mixed.pt", "--info").returncode == 0
+
+
+def test_loading_in_float16_names_a_weight_that_is_too_large_for_it(model, tmp_path):
+    model.lm_head.weight.data[3, 3] = -1e5
+    save(model, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="lm_head.weight: holds 1e.05, which is too large for float16; take --dtype bf"):
+        load(tmp_path / "model.pt", torch.float16)
+    assert load(tmp_path / "model.pt", torch.bfloat16)[0].lm_head.weight.isfinite().all()
+
+
+def test_what_needs_a_length_asks_for_it_and_the_rest_goes_on(model, tokenizer, tmp_path):
+    model.config.max_position_embeddings = None
+    save(model, tmp_path / "model.pt", tokenizer)
+    (tmp_path / "text.txt").write_text("bada gudo. " * 50)
+    prompt = command("--ckpt", tmp_path / "model.pt", "--prompt", "bada", "--max_new_tokens", 3)
+    assert prompt.returncode == 0 and prompt.stdout.startswith("bada") and not prompt.stderr
+    line = [sys.executable, "evaluate.py", "--ckpt", tmp_path / "model.pt", "--ppl", tmp_path / "text.txt"]
+    line += ["--out", tmp_path / "results.json"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    words = "does not tell the length that it was trained on; give it by --seqlen"
+    assert result.returncode == 2 and result.stderr == f"evaluate.py: error: --ckpt {tmp_path}/model.pt: {words}\n"
+    result = subprocess.run([*line, "--seqlen", "16"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "seqlen 16" in result.stdout, result.stderr
 
 
 def test_conversion_changes_the_dtype_and_splits(random_checkpoint, tmp_path):

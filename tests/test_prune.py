@@ -17,7 +17,7 @@ from conftest import ROOT, SHARED, needs_shared
 
 import prune
 from data.checkpoint import VERSION, UserError, lock, open_checkpoint
-from model import Llama, cli, load, open_llama
+from model import Llama, cli, load, open_llama, save
 from prune import METHODS, Statistics, format_sparsity, keep_mask, parse_sparsity, prune_model, sparsegpt
 
 
@@ -498,6 +498,70 @@ def test_a_result_that_another_run_has_written_meanwhile_is_seen_before_any_work
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [".lock"]
 
 
+BY_NAME = {  # text -> the share of zeros of each linear that is looked at
+    "mlp=0.25,self_attn=1:4": {"layers.0.mlp.up_proj": 0.25, "layers.1.self_attn.k_proj": 0.75},
+    "2:4,mlp=0.25,layers.1.mlp=0": {
+        "layers.0.self_attn.q_proj": 0.5,
+        "layers.0.mlp.up_proj": 0.25,
+        "layers.1.mlp.up_proj": 0,
+    },
+    "mlp=0.25,layers.1.mlp=0,mlp=0.75,0.5": {"layers.1.mlp.up_proj": 0.75, "layers.1.self_attn.o_proj": 0.5},
+    "up_proj=0.75, layers.0 = 0.25, 2:4": {"layers.0.mlp.up_proj": 0.25, "layers.1.mlp.up_proj": 0.75},
+}
+
+
+@pytest.mark.parametrize("text", BY_NAME)
+def test_sparsity_may_be_given_by_name(random_checkpoint, calib_file, calib, model, tmp_path, run_here, text):
+    prune_model(model, calib, "wanda", text)
+    assert parse_sparsity(model.history[-1]["sparsity"]) == parse_sparsity(text)
+    assert run_here(random_checkpoint, tmp_path / "out", calib_file, "--sparsity", text) == (0, "")
+    ckpt = open_checkpoint(tmp_path / "out")
+    assert ckpt.history[-1]["sparsity"] == text
+    for name, share in BY_NAME[text].items():
+        for w in (ckpt[f"model.{name}.weight"], model.get_submodule(f"model.{name}").weight):
+            assert (w == 0).float().mean().item() == share
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("mlp=0.6", "says nothing of layers.0.self_attn.q_proj, and has no entry for the rest"),
+        ("mpl=0.6,0.5", "--sparsity mpl: is a part of no linear's name, such as layers.0.self_attn.q_proj"),
+        ("layers.2=0.6,0.5", "--sparsity layers.2: is a part of no linear's name"),
+        ("roj=0.6,0.5", "--sparsity roj: is a part of no linear's name"),
+        ("mlp=0.6,0.5,2:4", "expected one entry without a name"),
+        ("mlp=1.6,0.5", "--sparsity 1.6: expected a share of zeros"),
+        ("mlp=2:3,0.5", "layers.0.mlp.gate_proj has 32 columns, no multiple of 3"),
+        ("mlp=,0.5", "expected a share of zeros"),
+    ],
+)
+def test_a_sparsity_by_name_that_is_none_is_one_line(
+    random_checkpoint, calib_file, calib, model, tmp_path, run_here, text, words
+):
+    before = copy.deepcopy(targets(model))
+    status, error = run_here(random_checkpoint, tmp_path / "out", calib_file, "--sparsity", text)
+    assert status == 2 and words in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+    with pytest.raises(UserError):
+        prune_model(model, calib, "wanda", text)
+    assert all(w.equal(before[name]) for name, w in targets(model).items())
+
+
+def test_a_weight_too_large_for_the_dtype_is_named_before_anything_is_pruned(model, calib_file, tmp_path, run_here):
+    model.lm_head.weight.data[3, 3] = 1e5  # written last
+    save(model, tmp_path / "large.pt")
+    status, error = run_here(tmp_path / "large.pt", tmp_path / "out", calib_file, "--dtype", "float16")
+    assert status == 2 and "lm_head.weight: holds 1e+05, which is too large for float16" in error
+    assert not list(tmp_path.glob("out.partial/model*"))
+
+
+def test_a_model_of_unknown_length_is_pruned_without_a_note(model, calib_file, tmp_path, run_here):
+    model.config.max_position_embeddings = None
+    save(model, tmp_path / "model.pt")
+    for out in ("out", "out.pt"):
+        assert run_here(tmp_path / "model.pt", tmp_path / out, calib_file) == (0, "")
+        assert open_llama(tmp_path / out)[1] == model.config
+
+
 def test_what_a_link_points_to_is_written_and_the_link_stays(random_checkpoint, calib_file, tmp_path, run_here):
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to("big")
@@ -605,7 +669,7 @@ def test_a_method_that_is_none_is_refused_before_anything_is_pruned(model, calib
 
 
 def test_a_pattern_that_does_not_divide_a_linear_names_it(model, calib):
-    with pytest.raises(UserError, match="layers.0.self_attn.q_proj: 32 columns are no multiple of M = 3"):
+    with pytest.raises(UserError, match="--sparsity 1:3: layers.0.self_attn.q_proj has 32 columns, no multiple of 3"):
         prune_model(model, calib, "wanda", "1:3")
 
 
@@ -665,3 +729,80 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(random_checkpoint,
     assert (tmp_path / "out.partial" / "inputs-00001.pt").exists() and not (tmp_path / "out").exists()
     attempt()
     assert open_checkpoint(tmp_path / "out").history == [{"method": "wanda"}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a model that is sparse already
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dsnot", (0, 5))
+@pytest.mark.parametrize("first", ("0.5", "2:4"))
+@pytest.mark.parametrize("then", ("0.75", "0.3", "2:4", "1:4", "2:8"))
+def test_pruning_further_brings_no_zero_back(model, calib, method, dsnot, first, then):
+    prune_model(model, calib, "magnitude", first)  # over the whole matrix: some groups and rows have more zeros
+    before = {name: w == 0 for name, w in targets(model).items()}
+    prune_model(model, calib, method, then, dsnot)
+    pattern = parse_sparsity(then)
+    for name, w in targets(model).items():
+        assert not w[before[name]].any()
+        if isinstance(pattern, tuple):
+            assert ((w.view(-1, pattern[1]) != 0).sum(1) <= pattern[0]).all()
+        else:
+            assert (w == 0).sum() >= int(w.numel() * pattern)
+
+
+def test_sparsegpt_takes_old_zeros_first_and_makes_up_for_them_as_for_what_it_removes():
+    """Against the optimum in float64: with the zeros and the mask fixed, each column's survivors are, given the columns
+    to the left, those that least change the output; an old zero that an update has moved counts as removed."""
+    torch.manual_seed(0)
+    X, W = torch.randn(200, 24) @ torch.randn(24, 24), torch.randn(10, 24)
+    old = torch.rand(10, 24) < 0.4
+    old[0, :8], old[1] = True, True  # more than any pattern asks for; a row that is gone
+    W[old] = 0
+    H = 2 * X.T @ X / 5
+    U = prune.cholesky_factor(H.clone(), "test", print)
+    D = H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(24)
+    for sparsity in (0.6, 0.1, (2, 4), (1, 8)):
+        ours = sparsegpt(W, torch.zeros(24, dtype=torch.bool), U, sparsity, slab=16)
+        keep, w = ours != 0, W.double()
+        assert not keep[old].any()
+        for j in range(24):
+            inverse = torch.linalg.inv(D[j:, j:])
+            err = w[:, j] * ~keep[:, j] / inverse[0, 0]
+            w[:, j:] -= err[:, None] * inverse[0]
+            w[:, j] *= keep[:, j]
+        torch.testing.assert_close(ours.double(), w, atol=1e-4, rtol=1e-3)
+        if isinstance(sparsity, tuple):
+            n, m = sparsity
+            survivors = (~old).view(-1, m).sum(1).clamp_max(n)  # all that there are, or n of them
+            assert keep.view(-1, m).sum(1).equal(survivors)
+        else:
+            for a, b in ((0, 16), (16, 24)):
+                gone = max(int(10 * (b - a) * sparsity), old[:, a:b].sum().item())
+                assert (~keep[:, a:b]).sum() == gone
+
+
+def test_sparsegpt_once_more_with_the_same_pattern_changes_nothing(model, calib):
+    prune_model(model, calib, "sparsegpt", "2:4")
+    before = copy.deepcopy(targets(model))
+    prune_model(model, calib, "sparsegpt", "2:4")
+    assert all(w.equal(before[name]) for name, w in targets(model).items())
+
+
+def test_a_mask_of_groups_over_the_end_of_a_row_is_refused():
+    for score, sparsity in ((torch.rand(2, 6), (2, 4)), (torch.rand(4, 2), (1, 8)), (torch.rand(8, 172), (2, 8))):
+        with pytest.raises(UserError, match=f"has {score.shape[1]} columns, no multiple of {sparsity[1]}"):
+            keep_mask(score, sparsity)
+        with pytest.raises(UserError, match="no multiple of"):
+            keep_mask(score, sparsity, whole=True)
+    with pytest.raises(UserError, match="has 4 columns, no multiple of 8"):  # the last group of SparseGPT's last slab
+        sparsegpt(torch.rand(8, 12), torch.zeros(12, dtype=torch.bool), torch.eye(12), (2, 8))
+
+
+@pytest.mark.parametrize("sparsity", ("4:64", lambda name: (4, 64) if name == "layers.1.mlp.gate_proj" else 0.5))
+def test_a_pattern_that_fits_not_all_linears_is_refused_before_any_is_pruned(model, calib, sparsity):
+    before = copy.deepcopy(targets(model))
+    with pytest.raises(UserError, match=r"--sparsity 4:64: layers.\d.\w+.\w+_proj has 32 columns, no multiple of 64"):
+        prune_model(model, calib, "magnitude", sparsity)
+    assert all(w.equal(before[name]) for name, w in targets(model).items())

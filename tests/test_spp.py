@@ -559,3 +559,41 @@ def test_masked_weights_that_fill_a_zero_are_caught_when_they_are_merged(pruned,
     merged = merge_checkpoint(ckpt, write("masked", adapter={name: torch.ones_like(sparse)}))
     with pytest.raises(AssertionError, match=f"model.{name}: a pruned weight came back"):
         merged[f"model.{name}"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation mode
+
+
+@pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("method, options", [*((method, {}) for method in METHODS), ("spp", {"matmul": "repeat"})])
+def test_in_evaluation_mode_a_model_is_the_one_that_merging_writes(pruned, method, options, stored):
+    """Bit for bit, computed in float32, whatever dtype the merged weight is rounded to."""
+    tokens = torch.randint(0, 256, (2, 9))
+    stir(inject(pruned, method, r=4, **options))
+    for layer in pruned.modules():
+        if isinstance(layer, spp.AdapterLinear):
+            layer.merged_dtype = stored
+        if isinstance(layer, DynamicLinear):
+            layer.mask = layer.weight.abs() > layer.weight.abs().median()
+    logits = pruned.eval()(tokens)
+    assert not logits.requires_grad  # nothing learns by mistake from a rounded weight
+    learning = pruned.train()(tokens)
+    assert learning.requires_grad
+    assert merge(pruned).float()(tokens).equal(logits)
+    if stored == torch.float32 and method != "lora":
+        torch.testing.assert_close(learning, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_looking_in_evaluation_mode_changes_no_weight(pruned):
+    stir(inject(pruned, "lora", r=4))
+    before = {name: w.clone() for name, w in pruned.state_dict().items()}
+    pruned.eval()(torch.randint(0, 256, (2, 9)))
+    assert all(w.equal(before[name]) for name, w in pruned.train().state_dict().items())
+
+
+def test_a_merge_without_the_mask_still_asserts_the_zeros_of_what_is_sparse_anyway(pruned, monkeypatch):
+    inject(pruned, "spp", r=4)
+    monkeypatch.setattr(SPPLinear, "effective_weight", lambda self, W, alpha, beta: torch.ones_like(W))
+    with pytest.raises(AssertionError, match="a pruned weight came back"):
+        merge(pruned, masked=False)

@@ -2,11 +2,19 @@
 
     python data/alpaca/prepare.py --tokenizer llama-2-7b/ --out data/alpaca                 # downloads 52,002 records
     python data/alpaca/prepare.py --tokenizer llama-2-7b/ --json mine.json --out data/mine  # or takes yours
+    python data/alpaca/prepare.py --tokenizer llama-2-7b/ --json mine.json --val held.json --out data/mine
 
 A record is {"instruction": ..., "input": ... (may be empty or absent), "output": ...}. It becomes BOS, prompt, answer,
 EOS, cut at --max_len tokens; prompt and answer are encoded as one string, as the Alpaca trainers do. The two prompts
 are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA trainer that the authors' code grew from
-(Stanford's own has none). `train.py` reads the folder:
+(Stanford's own has none).
+
+A record may also be a conversation: {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
+...]} as ShareGPT has it, or {"messages": [{"role": "user", "content": ...}, ...]}. Each of its exchanges becomes an
+example, whose prompt holds the earlier ones, so that each answer is an answer once and a question never. A system
+message takes the place of Alpaca's first sentences. An exchange whose prompt leaves no room for its answer is left out.
+
+`train.py` reads the folder:
 
     train.npy, val.npy                    all tokens end to end, uint16 (uint32 above 65,536 words)
     train.offsets.npy, val.offsets.npy    int64 (N + 1,): example i is tokens[offsets[i]:offsets[i + 1]]
@@ -56,6 +64,57 @@ def prompt(record: dict) -> str:
     return (WITH_INPUT if record.get("input") else WITHOUT_INPUT).format(**record)
 
 
+# (the key of a conversation, that of a turn's speaker, that of its text), and the speakers as ShareGPT names them
+CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+Example = tuple[str, str]  # prompt, answer
+
+
+def string(record: dict, key: str, where: str) -> str:
+    """record[key], checked to be text that a tokenizer takes."""
+    if not isinstance(record.get(key), str):
+        found = type(record[key]).__name__ if key in record else "missing"
+        raise UserError(f"{where}: `{key}` is {found}, expected a string")
+    parse_json(json.dumps(record[key]), f"{where}: `{key}`")
+    return record[key]
+
+
+def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
+    """A conversation as (speaker, text): a system message or none, then human, gpt, human, gpt, ..."""
+    listed, by, text = next(keys for keys in CONVERSATIONS if keys[0] in record)
+    turns = record[listed]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"{where}: `{listed}` is not a list of objects")
+    turns = [
+        (string(turn, by, f"{where}: turn {k}"), string(turn, text, f"{where}: turn {k}"))
+        for k, turn in enumerate(turns)
+    ]
+    if turns and SPEAKERS.get(turns[-1][0]) == "human":
+        turns.append(("gpt", ""))  # a question without its answer is as empty as an empty answer
+    first = 1 if turns and turns[0][0] == "system" else 0
+    for k, (speaker, _) in enumerate(turns[first:]):
+        expected = ("human", "gpt")[k % 2]
+        if SPEAKERS.get(speaker) != expected:
+            raise UserError(f"{where}: turn {first + k} is by {speaker!r:.40}, expected {expected}")
+    if len(turns) == first:
+        raise UserError(f"{where}: `{listed}` holds no exchange")
+    return turns
+
+
+def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
+    """The examples of a conversation: each answer, its prompt all that was said before it."""
+    before = WITHOUT_INPUT.partition("### Instruction")[0]
+    if turns[0][0] == "system":
+        before, turns = f"{turns[0][1].strip()}\n\n", turns[1:]
+    examples = []
+    for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
+        before += f"### Instruction:\n{question}\n\n### Response:\n"
+        examples.append((before, answer))
+        before += f"{answer}\n\n"
+    return examples
+
+
 def download() -> bytes:
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
@@ -64,24 +123,29 @@ def download() -> bytes:
         raise UserError(f"{URL}: cannot be downloaded ({e}); fetch it elsewhere and give it as --json FILE") from None
 
 
-def parse(data: bytes, name: str, skip_empty: bool) -> list[dict]:
-    """The records of an Alpaca file, each checked; UserError names the first bad one by its index."""
+def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
+    """The examples of each record of a file: one, or of a conversation one for each exchange. UserError names the first
+    bad record by its index."""
     records = parse_json(data, name, list, surrogates=True)
     kept = []
     for i, record in enumerate(records):
+        where = f"{name}: record {i}"
         if not isinstance(record, dict):
-            raise UserError(f"{name}: record {i} is a {type(record).__name__}, expected an object")
-        record = {"input": "", **record}
-        for key in ("instruction", "input", "output"):
-            if not isinstance(record.get(key), str):
-                found = type(record[key]).__name__ if key in record else "missing"
-                raise UserError(f"{name}: record {i}: `{key}` is {found}, expected a string")
-            parse_json(json.dumps(record[key]), f"{name}: record {i}: `{key}`")
-        empty = next((key for key in ("instruction", "output") if not record[key].strip()), None)
+            raise UserError(f"{where} is a {type(record).__name__}, expected an object")
+        if any(key in record for key, _, _ in CONVERSATIONS):
+            turns = turns_of(record, where)
+            examples = exchanges(turns)
+            empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
+        else:
+            record = {"input": "", **record}
+            for key in ("instruction", "input", "output"):
+                string(record, key, where)
+            examples = [(prompt(record), record["output"])]
+            empty = next((key for key in ("instruction", "output") if not record[key].strip()), None)
         if empty and not skip_empty:
-            raise UserError(f"{name}: record {i}: `{empty}` is empty; fix it, or skip such records with --skip_empty")
+            raise UserError(f"{where}: `{empty}` is empty; fix it, or skip such records with --skip_empty")
         if not empty:
-            kept.append(record)
+            kept.append(examples)
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} records have an empty instruction or output: left out")
     return kept
@@ -95,21 +159,31 @@ def read_tokenizer(source: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(records: list[dict], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
-    """Each record as (tokens, how many of them are prompt)."""
-    prompts = [prompt(record) for record in records]
-    wholes = [p + record["output"] for p, record in zip(prompts, records, strict=True)]
-    prompts = encode_all(tokenizer, prompts, "prompts")
-    wholes = encode_all(tokenizer, wholes, "examples")
+def encode(records: list[list[Example]], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
+    """The examples of all records as (tokens, how many of them are prompt)."""
+    firsts = [k == 0 for record in records for k in range(len(record))]
+    prompts = encode_all(tokenizer, [p for record in records for p, _ in record], "prompts")
+    wholes = encode_all(tokenizer, [p + answer for record in records for p, answer in record], "examples")
     examples = []
-    for p, whole in zip(prompts, wholes, strict=True):
+    for first, p, whole in zip(firsts, prompts, wholes, strict=True):
         # A piece that spans the end of the prompt and the start of the answer counts as answer.
         shared = 0
         while shared < min(len(p), len(whole)) and p[shared] == whole[shared]:
             shared += 1
         tokens = [tokenizer.bos, *whole, tokenizer.eos[0]][:max_len]
-        examples.append((tokens, min(1 + shared, len(tokens))))
+        if first or 1 + shared < len(tokens):  # a later exchange without its answer would repeat the earlier ones
+            examples.append((tokens, min(1 + shared, len(tokens))))
     return examples
+
+
+def drop_known(records: list[list[Example]], others: list[list[Example]], what: str) -> list[list[Example]]:
+    """The records that share no example with the others: a validation loss on what was trained on is none. what: says
+    which records were left out."""
+    known = {example for record in others for example in record}
+    kept = [record for record in records if known.isdisjoint(record)]
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} {what}: left out")
+    return kept
 
 
 def check_folder(out: str) -> Path:
@@ -156,12 +230,17 @@ def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], toke
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def count_or_file(text: str) -> int | str:
+    """What --val takes; a file whose name is a number can be given as ./7."""
+    return number(int, 1)(text) if text.lstrip("+-").isdigit() else text
+
+
 def main() -> None:
     parser = Parser(description="Turn Alpaca-format instructions into tokens for train.py.")
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer.model or tokenizer.json, a directory that holds it, or our .pt")
     add("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
-    add("--val", type=number(int, 1), default=2000, help="examples held out for the validation loss")
+    add("--val", type=count_or_file, default=2000, help="records held out for the validation loss, or a file of them")
     add("--max_len", type=number(int, 2), default=512, help="tokens after which an example is cut")
     add("--seed", type=number(int, 0), default=0, help="of the shuffle that chooses the held-out examples")
     add("--skip_empty", action="store_true", help="leave out empty records (always done for Stanford's)")
@@ -172,20 +251,38 @@ def main() -> None:
     tokenizer = read_tokenizer(args.tokenizer)
     data = read_bytes(args.json) if args.json else download()
     records = parse(data, args.json or URL, skip_empty=args.skip_empty or not args.json)
-    if len(records) < args.val + 1:
+    meta = {"max_len": args.max_len, "source": args.json or URL, "source_digest": digest(data), "seed": args.seed}
+    order = np.random.default_rng(args.seed).permutation(len(records))
+    records = [records[i] for i in order]
+    if isinstance(args.val, str):
+        data = read_bytes(args.val)
+        held_out = parse(data, args.val, args.skip_empty)
+        meta.update(val_source=args.val, val_digest=digest(data))
+        if not held_out:
+            raise UserError(f"--val {args.val}: holds no records")
+        records = drop_known(records, held_out, "records to train on are held out too")
+    elif len(records) < args.val + 1:
         raise UserError(
             f"{args.json or URL}: {len(records)} records, and --val {args.val} leaves none to train on; "
             f"give --val {max(1, len(records) // 10)} or more records"
         )
-    order = np.random.default_rng(args.seed).permutation(len(records))
-    examples = encode([records[i] for i in order], tokenizer, args.max_len)
-    splits = {"train": examples[args.val :], "val": examples[: args.val]}
-    meta = {"max_len": args.max_len, "source": args.json or URL, "source_digest": digest(data), "seed": args.seed}
+    else:
+        held_out, records = records[: args.val], records[args.val :]
+        held_out = drop_known(held_out, records, "held-out records are trained on too")
+    if not records:
+        raise UserError(f"{args.json or URL}: has no record that is not held out, and so none to train on")
+    splits = {"train": encode(records, tokenizer, args.max_len), "val": encode(held_out, tokenizer, args.max_len)}
     write_folder(out, splits, tokenizer, meta)
+    examples = splits["train"] + splits["val"]
     tokens = sum(len(t) for t, _ in splits["train"])
     cut = sum(t[-1] != tokenizer.eos[0] for t, _ in examples)
-    print(f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {args.val} held out")
+    lost = sum(len(record) for record in records + held_out) - len(examples)
+    print(
+        f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {len(splits['val'])} held out"
+    )
     print(f"{cut} of {len(examples)} were longer than {args.max_len} tokens and are cut")
+    if lost:
+        print(f"{lost} more were later exchanges whose prompts alone are as long: left out")
 
 
 if __name__ == "__main__":

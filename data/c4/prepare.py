@@ -23,7 +23,8 @@ from data.checkpoint import UserError, atomic, check_out, checked_file, parse_js
 from data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from model import Parser, cli, number  # noqa: E402
 
-LONGEST, MOST = 2**26, 2**24  # bytes of a line, lines of a file: a shard of C4 has 356,317
+# bytes of a line, lines of a file, bytes of it unpacked: a shard of C4 has 356,317 lines, less than 1 GB
+LONGEST, MOST, LARGEST = 2**26, 2**24, 2**33
 
 URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.00000-of-01024.json.gz"
 
@@ -32,7 +33,7 @@ def read_documents(source: str | None) -> list[bytes]:
     """The texts of a .jsonl or .json.gz file, or of C4's first shard, in UTF-8: as Python strings, most would take two
     bytes a character."""
     name = source or URL
-    documents = []
+    documents, total = [], 0
     try:
         stream = open(checked_file(source), "rb") if source else urllib.request.urlopen(URL, timeout=60)  # noqa: SIM115
         with stream, io.BufferedReader(stream) as buffered:
@@ -40,8 +41,10 @@ def read_documents(source: str | None) -> list[bytes]:
             # A line at a time, and none without end: a small gzip file can hold gigabytes.
             for i, line in enumerate(iter(lambda: unpacked.readline(LONGEST), b""), 1):
                 where = f"{name}: line {i}"
-                if len(line) == LONGEST or len(documents) == MOST:
-                    raise UserError(f"{where}: more than {LONGEST:,} bytes in a line, or than {MOST:,} lines")
+                total += len(line)
+                if len(line) == LONGEST or i > MOST or total > LARGEST:
+                    limits = f"{LONGEST:,} bytes in a line, {MOST:,} lines, or {LARGEST:,} bytes in all"
+                    raise UserError(f"{where}: more than {limits}; give a part of the file")
                 if not line.strip():
                     continue
                 text = parse_json(line, where, dict).get("text")

@@ -143,11 +143,14 @@ def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
 
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = lambda text, pattern, new: re.sub(pattern, new, text)
-    for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs"):
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs", "process_results"):
         if str(config.get(key) or "").startswith(("def ", "<function")):
             raise UserError(f"--config: {task}: {key} is Python code, not a template; let lm-eval write its samples")
     if config.get("output_type") != "multiple_choice" or config.get("num_fewshot"):
         raise UserError(f"--config: {task}: only zero-shot multiple-choice tasks can be rendered")
+    for key in ("gen_prefix", "multiple_input", "multiple_target", "custom_dataset"):
+        if config.get(key):
+            raise UserError(f"--config: {task}: {key} is {config[key]!r:.40}, which is not rendered here")
 
     def value(template: Any, doc: dict) -> Any:
         if not isinstance(template, str):
@@ -173,10 +176,10 @@ def bounded(render: Callable[[dict], Rendered], doc: dict, seconds: float = 5, n
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"takes longer than {seconds} seconds to render")
 
-    limits = resource.getrlimit(resource.RLIMIT_AS)
+    limits = resource.getrlimit(resource.RLIMIT_AS)  # address space
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: Jinja catches what a constant raises
     resource.setrlimit(resource.RLIMIT_AS, (now + nbytes, limits[1]))
     try:
         return render(doc)
@@ -186,21 +189,31 @@ def bounded(render: Callable[[dict], Rendered], doc: dict, seconds: float = 5, n
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def record(i: int, doc: dict, rendered: Rendered, shots: str = "") -> dict:
-    """lm-eval's sample of one document; every continuation is a space and the choice."""
+def metrics_of(config: dict, task: str) -> list[str]:
+    """The names of the metrics by which a task of lm-eval's is scored, its own where it names none."""
+    listed = config.get("metric_list") or [{"metric": "acc"}, {"metric": "acc_norm"}]
+    if not isinstance(listed, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("metric"), str) for m in listed
+    ):
+        raise UserError(f"--config: {task}: its metric_list is not a list of metrics")
+    metrics = [m["metric"] for m in listed]
+    if "acc_mutual_info" in metrics:
+        print(
+            f"{task}: acc_mutual_info is left out: it needs each choice without a context, which is not rendered here"
+        )
+        metrics.remove("acc_mutual_info")
+    return metrics
+
+
+def line(i: int, doc: dict, rendered: Rendered, delimiter: str, metrics: list[str]) -> bytes:
+    """lm-eval's sample of one document; every continuation is the delimiter and the choice."""
     contexts, choices, target = rendered
     contexts = contexts if isinstance(contexts, list) else [contexts] * len(choices)
     pairs = zip(contexts, choices, strict=True)
-    return {
-        "doc_id": i,
-        "doc": doc,
-        "target": str(target),
-        "arguments": {f"gen_args_{k}": {"arg_0": shots + c, "arg_1": f" {text}"} for k, (c, text) in enumerate(pairs)},
-        "resps": [],
-        "filtered_resps": [],
-        "filter": "none",
-        "metrics": ["acc", "acc_norm"],
-    }
+    arguments = {f"gen_args_{k}": {"arg_0": c, "arg_1": f"{delimiter}{text}"} for k, (c, text) in enumerate(pairs)}
+    sample = {"doc_id": i, "doc": doc, "target": str(target), "arguments": arguments}
+    sample.update(resps=[], filtered_resps=[], filter="none", metrics=metrics)
+    return (json.dumps(sample, ensure_ascii=False) + "\n").encode()  # an error for half of a surrogate pair
 
 
 def mmlu_shots(subject: str, documents: list[dict]) -> str:
@@ -236,8 +249,13 @@ def main() -> None:
         if not args.json:
             raise UserError(f"--config {args.config}: holds no documents; give them as --json FILE")
         render = from_config(configs[args.task], args.task)
+        delimiter = configs[args.task].get("target_delimiter", " ")
+        if not isinstance(delimiter, str) or delimiter.strip():
+            raise UserError(f"--config: {args.task}: its target_delimiter is {delimiter!r:.40}, expected white space")
+        metrics = metrics_of(configs[args.task], args.task)
     else:
         *source, render = TASKS[args.task]
+        delimiter, metrics = " ", ["acc", "acc_norm"]
     documents = read_documents(args.json) if args.json else download(*source)
     shots = ""
     if args.task == "mmlu":
@@ -248,20 +266,22 @@ def main() -> None:
             if args.task == "mmlu":
                 if not re.fullmatch(NAME, doc["subject"]):
                     raise UserError(f"{args.json}: document {i}: its subject {doc['subject']!r:.80} cannot name a file")
-                records = tasks.setdefault(f"mmlu_{doc['subject']}", [])
-                records.append(record(len(records), doc, render(doc), mmlu_shots(doc["subject"], shots)))
+                context, choices, answer = render(doc)
+                rendered = mmlu_shots(doc["subject"], shots) + context, choices, answer
+                lines = tasks.setdefault(f"mmlu_{doc['subject']}", [])
+                lines.append(line(len(lines), doc, rendered, delimiter, metrics))
             else:
-                tasks.setdefault(args.task, []).append(record(i, doc, render(doc)))
+                tasks.setdefault(args.task, []).append(line(i, doc, render(doc), delimiter, metrics))
         except UserError:
             raise
         except Exception as e:  # whatever a template or a renderer does not find
             raise UserError(f"{args.json or args.task}: document {i} is not of task {args.task}: {e!r}") from None
     inputs = [path for path in (args.json, args.shots, args.config) if path]
     files = {task: check_out(Path(args.out) / f"samples_{task}.jsonl", inputs=inputs) for task in tasks}
-    for task, records in tasks.items():
+    for task, lines in tasks.items():
         with atomic(files[task]) as tmp:
-            tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        print(f"wrote {files[task]}: {len(records)} documents")
+            tmp.write_bytes(b"".join(lines))
+        print(f"wrote {files[task]}: {len(lines)} documents")
 
 
 if __name__ == "__main__":
