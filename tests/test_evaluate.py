@@ -859,3 +859,11 @@ def test_what_cannot_be_semi_structured_is_refused(random_checkpoint, monkeypatc
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     with pytest.raises(UserError, match=words):
         evaluate.to_semi_structured(SimpleNamespace(model=model.model, lm_head=SimpleNamespace(weight=on_gpu)))
+
+
+def test_windows_longer_than_the_models_positions_are_noted_once(random_checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("Question: 0123456789 ? \n" * 60)
+    for seqlen, times in ((129, 1), (128, 0)):
+        flags = ("--ppl", tmp_path / "text.txt", "--seqlen", seqlen)
+        said = run(random_checkpoint, tmp_path / f"{seqlen}.json", *flags, processes=2)
+        assert said.count(f"note: --seqlen {seqlen}: is more than the model's 128 positions") == times, said

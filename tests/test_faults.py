@@ -203,7 +203,7 @@ def check(name: str, inputs: Path, tmp: Path, expected: dict, fault: str, k: int
     return "one line" if status == 2 else "went on"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["prune to .pt", "train", "alpaca"])
 def test_a_file_system_that_fails_at_a_few_calls_costs_one_line(inputs, tmp_path, name):
     sweep(name, inputs, tmp_path, every=23)
 
