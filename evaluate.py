@@ -44,7 +44,7 @@ its own, and the perplexity is exp(mean over windows of the mean cross-entropy o
 of the same seqlen can be compared. lm-eval's `wikitext` task (rolling log-likelihood, word perplexity) is a different
 number; --tasks reads its samples file too.
 
-Known differences from lm-eval. Here sentencepiece tokenises; a Hugging Face tokenizer.json drops the first space of a
+Known differences from lm-eval. A tokenizer.model is run by sentencepiece; transformers drops the first space of a
 text that begins with one, which moves lm-eval's rolling scores of such pages by about 0.03%. lm-eval rounds scores to
 the model's dtype before it compares them; here they stay float32.
 """

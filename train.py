@@ -490,7 +490,7 @@ def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world
         count += world
     parts = [[int(indices[i]) for i in part] for part in parts]
     parts += [[]] * (count - len(parts))
-    # Neighbours are of about the same length: dealt in turn, the processes that run at the same time have equal work.
+    # Neighbours are of about the same length: taken in turn, they give the processes equal work at the same time.
     return [parts[rank::world] for rank in range(world)]
 
 

@@ -42,7 +42,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from data.checkpoint import UserError, open_checkpoint
+from data.checkpoint import UserError, open_checkpoint, parse_json
 
 # The files beside the principal one that say which tokens are special; BOS and EOS are what the first of STATES says.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -83,10 +83,10 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
     for n, content in {name: data, **files}.items():
         if content.startswith(b"version https://git-lfs"):  # stands in a clone where the large file should be
             raise UserError(f"{place}{n}: is a Git LFS pointer, expected the file that it stands for (git lfs pull)")
-    settings = {n: parse_json(place + n, content) for n, content in files.items()}
+    settings = {n: parse_json(content, place + n, dict, surrogates=True) for n, content in files.items()}
     try:
         if data[:64].lstrip().startswith(b"{"):
-            parsed = settings["tokenizer.json"] = parse_json(where, data)
+            parsed = settings["tokenizer.json"] = parse_json(data, where, dict, surrogates=True)
             tokenizer = BPE(where, settings, *read_merges(where, parsed["model"]))
         elif re.match(rb"\S+ \d+\s*\n", data):
             vocab, ranks = read_tiktoken(where, data)
@@ -98,17 +98,6 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
         raise UserError(f"{where}: it or a file beside it is not laid out as expected: {e!r}") from None
     tokenizer.data, tokenizer.files = data, files
     return tokenizer
-
-
-def parse_json(where: str, data: bytes) -> dict[str, Any]:
-    """The JSON object that data holds."""
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: is not JSON: {e}") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"{where}: is a JSON {type(parsed).__name__}, expected an object")
-    return parsed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
