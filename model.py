@@ -355,49 +355,24 @@ def cut_into_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 # a checkpoint as a LLaMA
 
 
-# Settings of other families, or of LLaMA's relatives, each with what LLaMA does anyway: refused where they say anything
-# else (null and an absent key are LLaMA's, always)
+# Settings of LLaMA's relatives that would change the function, with what LLaMA does: any other value is refused. An
+# absent key and null are LLaMA's, always.
+OFF = """attention_bias attention_out_bias mlp_bias qkv_bias use_bias rope_interleaved alibi use_sliding_window
+    qk_norm use_qk_norm qk_layernorm attn_temperature_tuning use_parallel_residual"""
+ONE = "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb"
+ZERO = "no_rope_layer_interval num_experts num_local_experts n_routed_experts"
+NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping compression_config"
 PLAIN = {
     "hidden_act": ("silu", "swish"),
-    # biases
-    "attention_bias": (False,),
-    "attention_out_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "use_bias": (False,),
-    # positions: which part of a head is turned, in which layers
-    "partial_rotary_factor": (1,),
-    "rotary_pct": (1,),
-    "rope_interleaved": (False,),
     "no_rope_layers": ([],),
-    "no_rope_layer_interval": (0,),
-    "alibi": (False,),
-    # attention: windows, norms of queries and keys, scales and caps of the scores
-    "use_sliding_window": (False,),
-    "qk_norm": (False,),
-    "use_qk_norm": (False,),
-    "qk_layernorm": (False,),
-    "clip_qkv": (),
-    "attn_logit_softcapping": (),
-    "attn_temperature_tuning": (False,),
-    "attention_multiplier": (),  # 1 / sqrt(head_dim) is LLaMA's; added where head_dim is known
-    "query_pre_attn_scalar": (),  # head_dim is LLaMA's
-    # scales of what passes
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "logits_scaling": (1,),
-    "logit_scale": (1,),
-    "final_logit_softcapping": (),
-    "scale_emb": (1,),
-    # blocks: experts, and what runs beside what
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
-    "use_parallel_residual": (False,),
-    # weights that are stored or multiplied in another form
-    "pretraining_tp": (0, 1),
-    "compression_config": (),
+    "pretraining_tp": (0, 1),  # how Meta's own training cut its products
+    **dict.fromkeys(OFF.split(), (False,)),
+    **dict.fromkeys(ONE.split(), (1,)),
+    **dict.fromkeys(ZERO.split(), (0,)),
+    **dict.fromkeys(NEVER.split(), ()),
 }
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # What each kind of rope scaling needs
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -429,58 +404,60 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         if not ok:
             raise UserError(f"{source}: config: {key} is {values.get(key)!r:.80}, expected {expected}")
 
-    positive = lambda x, *types: type(x) in types and 0 < x < 2**28  # so that a product of two fits int64
     check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
     check_stored_dense(values.get("quantization_config"), f"{source}: config: quantization_config")
-    fields = dataclasses.fields(LlamaConfig)
-    nullable = [field.name for field in fields if field.default is None]  # null is as good as absent
-    absent = [key for key in nullable if values.get(key) is None]
-    given = {field.name: values[field.name] for field in fields if field.name in values.keys() - absent}
-    unknown_length = "max_seq_len" in values and values.get("max_position_embeddings") is None
-    if unknown_length:
-        given["max_position_embeddings"] = values["max_seq_len"]  # our own key: see `config_to_dict`
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if key not in given:
-            raise UserError(f"{source}: config: has no {key}")
+    theta, scaling = rope_settings(values)
+    values = {**values, "rope_theta": theta, "rope_scaling": scaling}
     if values.get("model_type") == "mistral":
-        given["sliding_window"] = values.get("sliding_window", 4096)  # transformers' own where it is absent
+        values.setdefault("sliding_window", 4096)  # transformers' own where it is absent
     else:
-        given.pop("sliding_window", None)  # which LLaMA's own code does not look at
-    given["rope_theta"], given["rope_scaling"] = rope_settings(values)
-    for field in fields:
-        key, x = field.name, given.get(field.name)
-        if key == "rope_scaling" or key not in given or (x is None and key in nullable):
+        values.pop("sliding_window", None)  # which LLaMA's own code does not look at
+    unknown_length = "max_seq_len" in values and values.get("max_position_embeddings") is None
+    if unknown_length:  # a key of our own: see `config_to_dict`
+        values["max_position_embeddings"] = values["max_seq_len"]
+
+    given = {}
+    for field in dataclasses.fields(LlamaConfig):
+        key = field.name
+        if key in REQUIRED and key not in values:
+            raise UserError(f"{source}: config: has no {key}")
+        if key not in values:
             continue
-        if key == "max_position_embeddings" and x is None and unknown_length:
+        x = given[key] = values[key]
+        if x is None and (field.default is None or key == "max_position_embeddings" and unknown_length):
             continue
-        if field.type is bool:
+        if key == "rope_scaling":
+            needed = ROPE_SCALING.get(str(x.get("rope_type"))) if isinstance(x, dict) else None
+            check(key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+            check(key, all(is_positive(x.get(name), int, float) for name in needed), f"{', '.join(needed)} above 0")
+            given[key] = {name: x[name] for name in ("rope_type", *needed)}
+        elif field.type is bool:
             check(key, type(x) is bool, "true or false")
         elif field.type is float:
-            check(key, positive(x, int, float), "a number above 0")
+            check(key, is_positive(x, int, float), "a number above 0")
         else:
-            check(key, positive(x, int), "a whole number from 1 to 2**28")
-    scaling = given["rope_scaling"]
-    if scaling is not None:
-        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
-        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
-        numbers = all(positive(scaling.get(key), int, float) for key in needed)
-        check("rope_scaling", numbers, f"{', '.join(needed)} above 0")
-        given["rope_scaling"] = {key: scaling[key] for key in ("rope_type", *needed)}
-        dynamic = scaling["rope_type"] == "dynamic"  # which stretches what is beyond the training length
-        if dynamic and unknown_length:
-            raise UserError(f"{source}: config: has no max_position_embeddings, which a dynamic rope_scaling needs")
-    heads = given["num_attention_heads"]
+            check(key, is_positive(x, int), "a whole number from 1 to 2**28")
+
     config = LlamaConfig(**given)
-    check("head_dim", config.head_dim > 2 and config.head_dim % 2 == 0, "an even number above 2")
-    check("num_attention_heads", heads * config.head_dim < 2**28, "fewer than 2**28 / head_dim")
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    check("head_dim", head_dim > 2 and head_dim % 2 == 0, "an even number above 2")
+    check("num_attention_heads", heads * head_dim < 2**28, "fewer than 2**28 / head_dim")
     check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
-    of_head = {"attention_multiplier": (config.head_dim**-0.5,), "query_pre_attn_scalar": (config.head_dim,)}
+    if unknown_length and scaling is not None and scaling["rope_type"] == "dynamic":  # it stretches what is beyond
+        raise UserError(f"{source}: config: has no max_position_embeddings, which a dynamic rope_scaling needs")
+    # SDPA divides scores by the root of head_dim: these say the same, or another model's way
+    of_head = {"attention_multiplier": (head_dim**-0.5,), "query_pre_attn_scalar": (head_dim,)}
     for key, plain in {**PLAIN, **of_head}.items():
         expected = " or ".join(repr(x) for x in plain) or "none of it"
         check(key, values.get(key) is None or values[key] in plain, f"{expected}, as LLaMA's")
     layer_types = values.get("layer_types") or []
     check("layer_types", all(kind == "full_attention" for kind in layer_types), "'full_attention' alone, as LLaMA's")
     return config
+
+
+def is_positive(x: Any, *types: type) -> bool:
+    """Whether x is a number above 0 of one of these types, and so small that a product of two fits int64."""
+    return type(x) in types and 0 < x < 2**28  # type, not isinstance: JSON's true is no 1
 
 
 def check_stored_dense(quantization: Any, where: str) -> None:

@@ -336,9 +336,12 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.method == "dynamic" and not args.sparsity:
         raise UserError("--method dynamic: needs --sparsity, the pattern to keep")
     check_device(args.device)
-    knows = {"spp": ("no_beta", "zero_init", "no_residual", "matmul"), "dynamic": ("sparsity", "mask_interval")}
-    ignored = [key for method, keys in knows.items() if method != args.method for key in keys]
-    if args.method == "full" or not METHODS[args.method].factors:
+    ignored = []
+    if args.method != "spp":
+        ignored += ["no_beta", "zero_init", "no_residual", "matmul"]
+    if args.method != "dynamic":
+        ignored += ["sparsity", "mask_interval"]
+    if args.method in ("full", "masked", "dynamic"):  # which learn the weights themselves
         ignored += ["rank", "scale"]
     if args.no_residual:  # the factors then start at 1, and stand for all of W
         ignored += ["scale", "zero_init"]
@@ -693,42 +696,38 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
 
 def state_is_whole(state: dict, model: Llama) -> bool:
     """Whether a state has every tensor that this model learns, and AdamW's moments of each, in their shapes."""
-    shapes = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
-    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    expected = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
+    learning = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
     try:
-        whole = {name: w.shape for name, w in state["model"].items()} == shapes
-        whole = whole and type(state["first"]) is float and type(state["best"]) is float
-        grouped = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
-        whole = whole and sorted(grouped) == sorted(learning)
-        for name in learning:
-            moments = state["optimizer"]["state"][name]
-            whole = whole and moments["step"].shape == ()
-            whole = whole and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shapes[name]
-        return whole
-    except (KeyError, TypeError, AttributeError):
+        shapes = {name: w.shape for name, w in state["model"].items()}
+        optimizer = state["optimizer"]
+        found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
+        grouped = [name for group in optimizer["param_groups"] for name in group["params"]]
+        losses = type(state["first"]) is type(state["best"]) is float
+        return losses and shapes == expected and found == moments and sorted(grouped) == sorted(learning)
+    except (KeyError, TypeError, AttributeError):  # edited by hand
         return False
 
 
 def trim_log(file: Path, step: int) -> None:
     """Drops the log's lines after `step`, which the resumed run writes again."""
-    kept = []
-    if file.exists():
-        for line in file.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a kill, or edited by hand
-                continue
+    kept = ""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept += line + "\n"
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a kill, or edited by hand
+            continue
     with atomic(file) as tmp:
-        tmp.write_text("".join(line + "\n" for line in kept))
+        tmp.write_text(kept)
 
 
 def write_line(file: object, line: dict) -> None:
     """A line of log.jsonl. What is not finite is null: JSON has no NaN."""
-    for key, value in line.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            line[key] = None
-    file.write(json.dumps(line) + "\n")
+    finite = {k: x for k, x in line.items() if not isinstance(x, float) or math.isfinite(x)}
+    file.write(json.dumps(dict.fromkeys(line) | finite) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
