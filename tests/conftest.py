@@ -1,6 +1,7 @@
 """What several test files need: a tokenizer and a model so small that making them takes a second, and its pruning."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "real"
 needs_shared = pytest.mark.skipif(
     not SHARED.exists(), reason=f"{SHARED} is absent: real inputs are not in the repository"
 )
+# Models and tokenizers that are too large for either: smollm2/, a Hugging Face directory, and llama3/tokenizer.model
+REAL = Path(os.environ.get("REAL_MODELS", "/nonexistent"))
 
 
 def prune_by_magnitude(model: nn.Module, n: int, m: int) -> nn.Module:

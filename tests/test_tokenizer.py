@@ -7,26 +7,22 @@ REAL_MODELS is a folder with smollm2/ (SmolLM2's tokenizer.json) and llama3/toke
 
 import base64
 import json
-import os
 import pickle
 import random
 import sys
 import time
 import types
 import unicodedata
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import SHARED, needs_shared
+from conftest import REAL, SHARED, needs_shared
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data.tokenizer as module
 from data.checkpoint import UserError
 from data.tokenizer import LLAMA3_CUT, encode_all, load_tokenizer
-
-REAL = Path(os.environ.get("REAL_MODELS", "/nonexistent"))
 
 WORDS = (
     "the of and to in is was for that on with as by at it's we'll they've I'M he'd you're cat cats running unhappiness"
@@ -570,9 +566,7 @@ def test_real_tokenizers_agree_on_real_text(name):
 
 @pytest.mark.stress
 @pytest.mark.parametrize("name", ["smollm2", "llama3", *PRE_TOKENIZERS, "nfc"])
-def test_ids_are_the_references_on_20000_random_strings_and_all_real_text(request, name):
-    if "stress" not in request.config.getoption("markexpr"):
-        pytest.skip("takes minutes: run with -m stress")
+def test_ids_are_the_references_on_20000_random_strings_and_all_real_text(name):
     if name in ("smollm2", "llama3"):
         tokenizer, encode = real(name)
     else:
