@@ -634,8 +634,8 @@ def finish(
             file.unlink()
         if out.is_dir():
             out.rmdir()  # check_out has found it empty
+        (work / ".lock").unlink()  # still held; before the rename, or a kill between the two would leave it in `out`
         work.rename(out)
-        (out / ".lock").unlink()
     except OSError as e:
         raise UserError(f"{out}: cannot be written: {e.strerror or e}") from None
 

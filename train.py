@@ -37,7 +37,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -673,16 +672,12 @@ def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
 
 
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:
-    """The newest state that is whole, or None: every checksum of the zip file is compared, a damaged file is skipped.
-    UserError for a whole state of another run."""
+    """The newest state that is whole, or None; a damaged file is skipped. UserError for a whole state of another
+    run."""
     for step, path in saved_states(out_dir):
         try:
-            with zipfile.ZipFile(path) as z:
-                damaged = z.testzip() is not None
-            state = {} if damaged else torch_load(path)
-        except (zipfile.BadZipFile, OSError, UserError):
-            damaged = True
-        if damaged:
+            state = torch_load(path, checksums=True)
+        except UserError:
             tqdm.write(f"warning: {path} is truncated or damaged; going back to the state before it")
             continue
         if isinstance(state, dict):

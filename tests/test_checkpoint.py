@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import io
+import itertools
 import json
 import os
 import random
@@ -362,6 +363,35 @@ def test_use_scaled_rope_is_what_hugging_face_publishes_and_comes_back(dim, fact
     assert config.rope_scaling == {**PRESETS["llama-3.2-1b"].rope_scaling, "factor": factor}
     again = hf_to_meta(config_to_dict(config))
     assert params.items() <= again.items() and "max_seq_len" not in again
+
+
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("dim, forms", [(64, FORMATS), (2048, ("hf", "meta"))], ids=("factor 8", "factor 32"))
+def test_a_llama_3_survives_every_way_through_the_layouts_and_runs_as_in_transformers(tmp_path, dim, forms, tied):
+    scaling = {**PRESETS["llama-3.2-1b"].rope_scaling, "factor": 8.0 if dim == 64 else 32.0}
+    shape = {"hidden_size": dim, "num_key_value_heads": 2, "tie_word_embeddings": tied, "initializer_range": 2 / dim}
+    length = {"max_position_embeddings": 131072, "rope_theta": 500000.0, "rope_scaling": scaling}
+    theirs = hf_model(**shape, **length)
+    tokens, positions = torch.randint(0, 128, (2, 100)), torch.arange(0, 20000, 200)  # 8,192 at first
+    with torch.no_grad():
+        whole = torch.ones_like(tokens)  # without it, gaps in positions would mean several texts in one row
+        logits = theirs(tokens, attention_mask=whole, position_ids=positions.expand(2, -1)).logits
+    theirs.save_pretrained(tmp_path / "hf")
+    published, _ = load(tmp_path / "hf")
+    write_meta(published, tmp_path / "meta", 2, rows=True)
+    edit(tmp_path / "meta" / "params.json", rope_theta=500000.0, use_scaled_rope=True, vocab_size=128)
+    weights = published.state_dict()
+    for start in ("hf", "meta"):
+        path = tmp_path / start
+        for i, form in enumerate(form for way in itertools.product(forms, repeat=2) for form in way):
+            path = write_as(open_llama(path)[0], tmp_path / f"{start}-{i}", form)
+            again, config = open_llama(path)
+            assert all(again[name].equal(weights[name]) for name in again) and len(again) >= len(weights) - tied
+            assert config == dataclasses.replace(published.config, tie_word_embeddings=config.tie_word_embeddings)
+            assert form != "meta" or json.loads((path / "params.json").read_text())["use_scaled_rope"]
+        ours, _ = load(path)
+        with torch.no_grad():
+            assert (ours.lm_head(ours.hidden(tokens, positions)) - logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("length", (128, 2048, 4096, 8192, None))
