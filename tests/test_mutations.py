@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_tokenizer
 import torch
 from conftest import ROOT
 
@@ -104,6 +105,8 @@ def good(tmp_path_factory, tokenizer, tokenizer_file) -> Path:
     save(model, folder / "pruned.pt")
     save(model, folder / "pruned")  # with a history.json
     shutil.copy(tokenizer_file, folder / "tokenizer.model")
+    (folder / "tokenizer.json").write_text(test_tokenizer.train("smollm2-like", 300).to_str())
+    (folder / "tiktoken.model").write_bytes(test_tokenizer.tiktoken_file(test_tokenizer.train("llama3-like", 300)))
     (folder / "data").mkdir()
     for split in ("train", "val"):
         np.save(folder / "data" / f"{split}.npy", rng.integers(3, 200, 80).astype(np.uint16))
@@ -172,6 +175,8 @@ READERS = {  # kind of file: (the file that is damaged, what reads it)
     "config": ("dense/config.json", lambda folder: read_weights(folder / "dense")),
     "history": ("pruned/history.json", lambda folder: read_weights(folder / "pruned")),
     "sentencepiece": ("tokenizer.model", lambda folder: read_tokenizer(folder / "tokenizer.model")),
+    "bpe": ("tokenizer.json", lambda folder: read_tokenizer(folder / "tokenizer.json")),
+    "tiktoken": ("tiktoken.model", lambda folder: read_tokenizer(folder / "tiktoken.model")),
     "calib": ("calib.npy", lambda folder: prune.check_calib(read_npy(folder / "calib.npy"), 256)),
     "tokens": ("data/train.npy", lambda folder: read_data(folder / "data")),
     "offsets": ("data/train.offsets.npy", lambda folder: read_data(folder / "data")),
@@ -203,7 +208,7 @@ def late(number: int, frame: object) -> None:
     raise AssertionError("takes longer than 10 seconds")
 
 
-@pytest.mark.parametrize("n", (40, pytest.param(1500, marks=pytest.mark.stress)))
+@pytest.mark.parametrize("n", (40, pytest.param(2000, marks=pytest.mark.stress)))
 @pytest.mark.parametrize("kind", READERS)
 def test_a_damaged_file_is_read_or_refused_by_one_line(good, tmp_path, kind, n):
     name, read = READERS[kind]
