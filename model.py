@@ -752,6 +752,15 @@ def leave_with_parent() -> None:
         sys.exit("torchrun, which started this process, is gone")
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def end_by_bus_error(number: int) -> None:
+    """C's handler of SIGBUS: a file that is mapped has become shorter, and the program touched what was there. There is
+    no way on from here, and without a word Python would end with "Bus error"."""
+    why = "a checkpoint became shorter while it was read; is it being copied, or written anew?"
+    os.write(2, f"{Path(sys.argv[0]).name}: error: {why}\n".encode())
+    os._exit(2)
+
+
 def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
     """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
     memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all."""
@@ -759,6 +768,7 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with_parent()
+    ctypes.CDLL(None).signal(signal.SIGBUS, end_by_bus_error)
 
     def tell(line: str) -> None:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""

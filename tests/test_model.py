@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ SHAPES = {
             "original_max_position_embeddings": 32,
         }
     },
+}
+SHAPES["llama-3.2"] = {
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "rope_scaling": {**SHAPES["llama3"]["rope_scaling"], "factor": 32.0},
 }
 
 
@@ -627,6 +634,25 @@ def test_under_torchrun_the_rank_is_named(capsys, monkeypatch):
         cli(fail)
     assert e.value.code == 2
     assert capsys.readouterr().err == f"{Path(sys.argv[0]).name} (rank 3): error: a\n"
+
+
+def test_a_checkpoint_that_becomes_shorter_while_it_is_mapped_is_one_line(random_checkpoint, tmp_path):
+    shutil.copy(random_checkpoint, tmp_path / "model.pt")
+    program = f"""
+import os, sys
+sys.argv = ["model.py"]
+from model import cli, open_llama
+def main():
+    w = open_llama("{tmp_path}/model.pt")[0]["model.norm.weight"]
+    os.truncate("{tmp_path}/model.pt", 0)
+    print(w.sum())
+cli(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "model.py: error: a checkpoint became shorter while it was read; is it being copied, or written anew?\n"
+    )
 
 
 def test_an_argument_that_is_not_utf_8_is_one_line(random_checkpoint):
