@@ -536,9 +536,7 @@ def common_dtype(ckpt: Checkpoint) -> torch.dtype:
     dtypes = {w.dtype for w in ckpt.meta.values()}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(
-            f"{ckpt.path}: holds weights of several dtypes ({names}); choose one with --dtype (of model.py, or here)"
-        )
+        raise UserError(f"{ckpt.path}: holds weights of several dtypes ({names}); `model.py --dtype` makes them one")
     return dtypes.pop()
 
 

@@ -363,8 +363,9 @@ def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | No
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    # With several dtypes merging would write several again, which evaluate.py refuses.
+    stored = common_dtype(ckpt) if ckpt is not None else torch.float32
     if args.dtype == "auto":
-        stored = common_dtype(ckpt) if ckpt is not None else torch.float32
         args.dtype = "float32" if stored == torch.float32 else "bfloat16"
 
 

@@ -798,6 +798,10 @@ def open_meta(path: Path) -> Checkpoint:
         raise UserError(f"{path}: holds params.json but no consolidated.*.pth")
     try:
         config = meta_to_hf(params, [{name: meta for name, (meta, _) in part.items()} for part in parts])
+        wq, _ = parts[0]["layers.0.attention.wq.weight"]  # its rows tell into how many parts it was cut
+        n_parts = config["num_attention_heads"] * config["head_dim"] // max(1, len(wq))
+        if files and 0 < n_parts < 100:
+            check_shards(path, [f"consolidated.{i:02}.pth" for i in range(n_parts)], "params.json")
         hidden_size, head_dim = config["hidden_size"], config["head_dim"]
         get = lambda name: join_parts([part[name][1]() for part in parts], name, hidden_size, head_dim)
         tensors = {}

@@ -516,7 +516,7 @@ def test_a_conversion_asks_for_the_dtype_where_the_weights_have_several(model, t
     model.model.norm.half()
     save(model, tmp_path / "mixed.pt")
     result = command("--ckpt", tmp_path / "mixed.pt", "--out", tmp_path / "hf")
-    assert result.returncode == 2 and "several dtypes (float16, float32); choose one with --dtype" in result.stderr
+    assert result.returncode == 2 and "several dtypes (float16, float32); `model.py --dtype`" in result.stderr
     assert not (tmp_path / "hf").exists()
     assert command("--ckpt", tmp_path / "mixed.pt", "--info").returncode == 0
 

@@ -150,6 +150,14 @@ def difference(a, b):
 # micro-batches
 
 
+def test_a_checkpoint_of_several_dtypes_is_refused_whatever_the_dtype_of_the_run(world, tmp_path):
+    model, _ = load(world / "pruned.pt")
+    model.model.norm.half()
+    save(model, tmp_path / "mixed.pt")
+    line = refusal(world, tmp_path / "run", "--ckpt", tmp_path / "mixed.pt", "--dtype", "float32")
+    assert "mixed.pt: holds weights of several dtypes (float16, float32)" in line
+
+
 def test_every_example_is_in_one_micro_batch_and_all_of_them_fit():
     rng = np.random.default_rng(0)
     for world_size in (1, 2, 8):
