@@ -30,7 +30,7 @@ except ImportError:  # `make demo` installs only what the commands need
     matplotlib = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.checkpoint import UserError, check_version, read_json  # noqa: E402
+from data.checkpoint import VERSION, UserError, check_version, read_json  # noqa: E402
 from evaluate import AGGREGATES, SEVEN  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
@@ -76,7 +76,7 @@ def order(record: dict) -> tuple:
 
 def record_of(path: str | Path, result: dict) -> dict:
     """What a table needs of a results file; of a fine-tuned model also its validation losses, [[step, loss], ...]."""
-    if not isinstance(result, dict) or not {"results", "history", "add_bos"} <= result.keys():
+    if not {"results", "history", "add_bos"} <= result.keys():
         raise UserError(f"{path}: is not a results file of evaluate.py")
     check_version(result.get("version"), path)
     method, sparsity = describe(result["history"])
@@ -96,9 +96,10 @@ def read(paths: Iterable[str | Path]) -> list[dict]:
     """The records of all files, in the order of the table."""
     records = []
     for path in paths:
-        content = read_json(path)
-        if isinstance(content, list):  # what --save wrote
-            records += content
+        content = read_json(path, dict)
+        if "records" in content:  # what --save wrote
+            check_version(content.get("version"), path)
+            records += content["records"]
         else:
             records.append(record_of(path, content))
     if len({r["add_bos"] for r in records if "add_bos" in r}) > 1:
@@ -293,7 +294,8 @@ def main():
     rows = rows_of(records)
     print(table(rows), bars(rows), sep="\n\n")
     if args.save:
-        Path(args.save).write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+        lines = ",\n".join(map(json.dumps, records))  # one a record, so that a diff shows which has changed
+        Path(args.save).write_text(f'{{"version": {VERSION}, "records": [\n{lines}\n]}}\n')
     if args.recovered:
         draw(recovered, rows, args.recovered)
     if args.losses:

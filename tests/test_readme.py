@@ -94,7 +94,7 @@ def rows_under(header: str) -> list[list[str]]:
 def worlds() -> dict[tuple, list[dict]]:
     """(method, sparsity) -> its results in worlds 0, 1 and 2."""
     found = {}
-    for record in json.loads((ROOT / "assets" / "demo-full.json").read_text()):
+    for record in json.loads((ROOT / "assets" / "demo-full.json").read_text())["records"]:
         record["average"] = 100 * statistics.fmean(record["acc"].values())
         found.setdefault((record["method"], record["sparsity"]), []).append(record)
     assert all(len(records) == 3 and len(records[0]["acc"]) == 6 for records in found.values())
