@@ -1,6 +1,7 @@
 """What the README promises: it names only what exists, what it shows is what the code does, and its figures are those
 that the committed results and the code give."""
 
+import ast
 import json
 import os
 import re
@@ -44,6 +45,16 @@ def test_files_named_in_the_readme_exist():
 def test_make_targets_shown_in_the_readme_exist():
     targets = set(re.findall(r"\bmake ([\w-]+)", SHELL + "\n".join(INLINE)))
     assert targets == set(re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split())
+
+
+def test_imports_run_one_way():
+    layers = {"data.checkpoint": 0, "data.tokenizer": 1, "model": 2, "prune": 3, "spp": 3, "evaluate": 3, "train": 4}
+    for name, layer in layers.items():
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())))
+        imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        assert [other for other in imported if layers.get(other, -1) >= layer] == [], name
+        assert not {"tests", "bench"} & {other.split(".")[0] for other in imported}
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in COMMANDS}))
