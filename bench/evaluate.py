@@ -1,13 +1,15 @@
 """evaluate.py against lm-eval's hf backend: the same documents, model, precision and threads, in turn.
 
     python -m venv .venv-lm-eval && .venv-lm-eval/bin/pip install torch==2.13.0 lm_eval==0.4.13 transformers accelerate
-    python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --tasks samples_arc_easy.jsonl ...
+    python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --tasks samples_arc_easy.jsonl ... --add_bos
+    python bench/evaluate.py --python .venv-lm-eval/bin/python --ckpt SmolLM2-135M-Instruct --tasks samples_arc_easy.jsonl ...
 
-A random LLaMA of about 58M parameters is made on the spot: accuracies are chance, but the work is real. --tokenizer is a
-directory with LLaMA's tokenizer.model and tokenizer.json; --tasks are samples files, from lm-eval's dummy model or from
-data/lm_eval/prepare.py. lm-eval gets the same rendered contexts and choices as a task of its own, with batch sizes 1
-and 8, and puts BOS in front, as it does by default today. On either side the clock runs from rendered documents to
-metrics, with the model already loaded: lm-eval's simple_evaluate, our run_task.
+--ckpt is a Hugging Face directory. With --tokenizer, a directory that has LLaMA's tokenizer.model and tokenizer.json, a
+random LLaMA of about 58M parameters is made on the spot: accuracies are chance, but the work is real. --tasks are
+samples files, from lm-eval's dummy model or from data/lm_eval/prepare.py. lm-eval gets the same rendered contexts and
+choices as a task of its own, with each of --batch_sizes. On either side the clock runs from rendered documents to
+metrics, with the model already loaded: lm-eval's simple_evaluate, our run_task. "difference" is the largest of any
+choice's log-likelihood here and there.
 """
 
 import json
@@ -24,8 +26,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data.checkpoint import UserError  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from evaluate import read_task, run_task  # noqa: E402
+from evaluate import Document, read_task, run_task  # noqa: E402
 from model import Llama, LlamaConfig, Parser, cli, load, number, save  # noqa: E402
 
 YAML = """task: bench_task
@@ -33,9 +36,9 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {docs}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: context
+doc_to_text: {text}
 doc_to_choice: choices
-doc_to_target: gold
+doc_to_target: {target}
 target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
@@ -50,60 +53,88 @@ def make_model(folder: Path, tokenizer: Path) -> None:
         shutil.copy(tokenizer / name, folder)
 
 
-def lm_eval(python: str, model: Path, tasks: Path, out: Path, batch: int) -> dict:
-    """Runs bench_task of the folder `tasks` under lm-eval, on one thread: {"seconds", "acc"}."""
+def write_task(folder: Path, documents: list[Document]) -> None:
+    """Writes rendered documents as lm-eval's bench_task. Where contexts differ and the continuation does not, lm-eval
+    takes the contexts for the choices, and doc_to_text for the right one (WinoGrande)."""
+    several = len({context for context, _ in documents[0].pairs}) > 1
+    with open(folder / "docs.jsonl", "w") as f:
+        for d in documents:
+            contexts, continuations = zip(*d.pairs, strict=True)
+            doc = {"context": contexts[0], "choices": continuations, "gold": min(d.gold)}
+            if several:
+                doc.update(choices=contexts, continuation=continuations[0])
+            f.write(json.dumps(doc) + "\n")
+    text, target = ("gold", "continuation") if several else ("context", "gold")
+    (folder / "bench_task.yaml").write_text(YAML.format(docs=folder / "docs.jsonl", text=text, target=target))
+
+
+def lm_eval(python: str, model: Path, tasks: Path, add_bos: bool, batch: int) -> dict:
+    """Runs bench_task of the folder `tasks` under lm-eval, on one thread: {"seconds", "acc", "log_p" of each choice}."""
+    out = tasks / "out.json"
     code = (
-        "import sys, time, json, torch; torch.set_num_threads(1)\n"
+        "import time, json, torch; torch.set_num_threads(1)\n"
         "from lm_eval import evaluator, tasks\n"
         "from lm_eval.models.huggingface import HFLM\n"
-        f"lm = HFLM(pretrained={str(model)!r}, device='cpu', dtype='float32', batch_size={batch})\n"
+        f"lm = HFLM({str(model)!r}, device='cpu', dtype='float32', batch_size={batch}, add_bos_token={add_bos})\n"
         f"manager = tasks.TaskManager(include_path={str(tasks)!r})\n"
         "start = time.perf_counter()\n"
-        "r = evaluator.simple_evaluate(lm, tasks=['bench_task'], task_manager=manager, log_samples=False, bootstrap_iters=0)\n"
-        f"json.dump({{'seconds': time.perf_counter() - start, 'acc': r['results']['bench_task']['acc,none']}}, open({str(out)!r}, 'w'))\n"
+        "r = evaluator.simple_evaluate(lm, tasks=['bench_task'], task_manager=manager, bootstrap_iters=0)\n"
+        "seconds = time.perf_counter() - start\n"
+        "samples = sorted(r['samples']['bench_task'], key=lambda sample: sample['doc_id'])\n"
+        "log_p = [float(resp[0][0]) for sample in samples for resp in sample['resps']]\n"
+        "result = {'seconds': seconds, 'acc': r['results']['bench_task']['acc,none'], 'log_p': log_p}\n"
+        f"json.dump(result, open({str(out)!r}, 'w'))\n"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([python, "-c", code], check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([python, "-c", code], env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"--python {python}: lm-eval ended with {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(out.read_text())
 
 
 def main():
-    parser = Parser(description="Wall time of evaluate.py against lm-eval's.")
+    parser = Parser(description="Wall time and scores of evaluate.py against lm-eval's.")
     parser.add_argument("--python", required=True, help="an interpreter that has lm_eval")
-    parser.add_argument("--tokenizer", required=True, type=Path)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--ckpt", type=Path, help="the model, a Hugging Face directory")
+    model.add_argument("--tokenizer", type=Path, help="a random model with this directory's tokenizer")
     parser.add_argument("--tasks", required=True, type=Path, nargs="+")
+    parser.add_argument("--add_bos", action="store_true", help="put BOS before contexts, on either side")
     parser.add_argument("--limit", type=number(int, 1), default=100, help="documents of each task")
+    parser.add_argument("--batch_sizes", type=number(int, 1), nargs="+", default=[1, 8], help="of lm-eval")
     parser.add_argument("--repeats", type=number(int, 1), default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, float32, one thread, medians of {args.repeats} paired repeats\n")
-    print("| task | documents | evaluate.py | lm-eval, batch 1 | batch 8 | lm-eval's best / ours | accuracy, both |")
-    print("|---|---|---|---|---|---|---|")
+    batches = " | ".join(f"lm-eval, batch {batch}" for batch in args.batch_sizes)
+    print(f"| task | documents | evaluate.py | {batches} | lm-eval's best / ours | difference | accuracy, both |")
+    print("|---" * (6 + len(args.batch_sizes)) + "|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_model(folder / "model", args.tokenizer)
-        (folder / "tasks").mkdir()
-        model, tokenizer = load(folder / "model")
+        if args.tokenizer:
+            make_model(folder / "model", args.tokenizer)
+        directory = args.ckpt or folder / "model"
+        model, tokenizer = load(directory, torch.float32)
         for path in args.tasks:
             name, documents = read_task(path)
             documents = documents[: args.limit]
-            with open(folder / "docs.jsonl", "w") as f:
-                for d in documents:
-                    choices = [continuation for _, continuation in d.pairs]
-                    doc = {"context": d.pairs[0][0], "choices": choices, "gold": min(d.gold)}
-                    f.write(json.dumps(doc) + "\n")
-            (folder / "tasks" / "bench_task.yaml").write_text(YAML.format(docs=folder / "docs.jsonl"))
-            ours, theirs = [], {1: [], 8: []}  # seconds of each repeat; of lm-eval by batch size
+            write_task(folder, documents)
+            ours, theirs = [], {batch: [] for batch in args.batch_sizes}  # seconds of each repeat
             for _ in range(args.repeats):
                 start = time.perf_counter()
-                result, _scores = run_task(model, tokenizer, documents, add_bos=True, max_tokens=4096)
+                result, scores = run_task(model, tokenizer, documents, args.add_bos, max_tokens=4096)
                 ours.append(time.perf_counter() - start)
                 for batch, seconds in theirs.items():
-                    run = lm_eval(args.python, folder / "model", folder / "tasks", folder / "out.json", batch)
+                    run = lm_eval(args.python, directory, folder, args.add_bos, batch)
                     seconds.append(run["seconds"])
-            own, one, eight = map(statistics.median, (ours, *theirs.values()))
-            print(f"| {name} | {len(documents)} | {own:.1f} s | {one:.1f} s | {eight:.1f} s |", end="")
-            print(f" {min(one, eight) / own:.2f} | {result['acc']:.4f} {run['acc']:.4f} |", flush=True)
+            own, others = statistics.median(ours), [statistics.median(seconds) for seconds in theirs.values()]
+            log_p = [score for choices in scores for score, _ in choices]
+            difference = max(abs(a - b) for a, b in zip(log_p, run["log_p"], strict=True))
+            print(
+                f"| {name} | {len(documents)} | {own:.1f} s | {' | '.join(f'{other:.1f} s' for other in others)} |",
+                end="",
+            )
+            print(f" {min(others) / own:.2f} | {difference:.1e} | {result['acc']:.4f} {run['acc']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":
