@@ -199,7 +199,10 @@ def check(name: str, inputs: Path, tmp: Path, expected: dict, fault: str, k: int
         done = "is not empty" in text  # it was killed after its last call: the result is there, and is not made again
         assert status == 0 or done, f"{told}\nagain: status {status}\n{text}"
     found = results(out)
-    assert {file: data for file, data in found.items() if ".tmp" not in file} == expected, f"{told}\nleft: {[*found]}"
+    # .tmp: of a killed process, and for the next one to remove; r.json.partial: the results are whole, and a folder that
+    # cannot be removed after them is no reason to lose them
+    found = {file: data for file, data in found.items() if ".tmp" not in file and "r.json.partial" not in file}
+    assert found == expected, f"{told}\nleft: {[*found]}"
     return "one line" if status == 2 else "went on"
 
 
