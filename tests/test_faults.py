@@ -170,7 +170,8 @@ def command(name: str, inputs: Path, out: Path) -> list[str]:
 def results(out: Path) -> dict[str, bytes]:
     """What a command has left, without times and settings: those of an interrupted run may differ."""
     found = {}
-    for file in sorted(out.rglob("*")):
+    older = sorted(out.glob("run/step-*.pt"))[:-2]  # one that could not be removed
+    for file in sorted({*out.rglob("*")} - {*older}):
         name = str(file.relative_to(out))
         if file.is_dir() or name.endswith(("config.json", ".lock")) and "run/" in f"{name}/":
             continue
