@@ -13,7 +13,8 @@ is in the list. With the merges 0: l o, 1: e r, 2: lo w,
 No text is beyond it, for bytes are tokens themselves. Before that, regular expressions cut the text into words, and no
 merge reaches over a cut: that keeps the work local, and lets a cache answer for most words. tokenizer.json writes each
 byte as one printable character (a space is "Ġ"; see BYTE_CHARS). Meta's tiktoken file lists tokens without merges: any
-two neighbours merge whose union is a token, and the token's id is the rank.
+two neighbours merge whose union is a token, and the token's id is the rank. A sentencepiece model that came as a
+tokenizer.json alone is read too: merges of characters (CharBPE).
 
 Ids are those of sentencepiece, of `tokenizers` 0.23 and of tiktoken 0.14 under every Python (tests/test_tokenizer.py).
 Known differences: transformers 5 drops the first space of a text, which sentencepiece and we keep; Meta's own code cuts
@@ -42,7 +43,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from data.checkpoint import UserError, open_checkpoint, parse_json
+from data.checkpoint import UserError, open_checkpoint, parse_json, read_bytes
 
 # The files beside the principal one that say which tokens are special; BOS and EOS are what the first of STATES says.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -68,11 +69,8 @@ def load_tokenizer(source: str | Path | bytes, files: Mapping[str, bytes] | None
         if not found:
             raise UserError(f"{path}: has no tokenizer.model and no tokenizer.json")
         path = found[0]
-    try:
-        data = path.read_bytes()
-        files = {name: (path.parent / name).read_bytes() for name in SIBLINGS if (path.parent / name).exists()}
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read: {e.strerror}") from None
+    data = read_bytes(path)
+    files = {name: read_bytes(path.parent / name) for name in SIBLINGS if (path.parent / name).exists()}
     return from_bytes(f"{path.parent}/", path.name, data, files)
 
 
@@ -80,14 +78,12 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
     """The tokenizer that the principal file's content asks for; errors call a file by place + its name."""
     where = place + name
     files = {n: files[n] for n in SIBLINGS if n in files and files[n] != data}
-    for n, content in {name: data, **files}.items():
-        if content.startswith(b"version https://git-lfs"):  # stands in a clone where the large file should be
-            raise UserError(f"{place}{n}: is a Git LFS pointer, expected the file that it stands for (git lfs pull)")
     settings = {n: parse_json(content, place + n, dict, surrogates=True) for n, content in files.items()}
     try:
         if data[:64].lstrip().startswith(b"{"):
             parsed = settings["tokenizer.json"] = parse_json(data, where, dict, surrogates=True)
-            tokenizer = BPE(where, settings, *read_merges(where, parsed["model"]))
+            kind = CharBPE if parsed["model"].get("byte_fallback") else BPE
+            tokenizer = kind(where, settings, *read_merges(where, parsed["model"]))
         elif re.match(rb"\S+ \d+\s*\n", data):
             vocab, ranks = read_tiktoken(where, data)
             settings = llama3_settings(len(vocab)) | settings
@@ -289,13 +285,17 @@ class BPE(Tokenizer):
         parsed = settings["tokenizer.json"]
         self.ranks, self.merged = ranks, merged
         self.ignore_merges = bool(parsed["model"].get("ignore_merges"))
+        self.cache = {}
+        super().__init__(where, settings, vocab)
+        self.read_cutting(where, parsed)
+
+    def read_cutting(self, where: str, parsed: dict) -> None:
+        """Sets what `words` goes by, from tokenizer.json's normalizer and pre-tokenizer."""
         normalizers = flatten(parsed.get("normalizer"), "normalizers")
         self.nfc = normalizers == [{"type": "NFC"}]
         if normalizers and not self.nfc:
             raise UserError(f"{where}: its normalizer is {json.dumps(normalizers)}, expected none or NFC")
         self.cuts = read_cuts(where, flatten(parsed.get("pre_tokenizer"), "pretokenizers"))
-        self.cache = {}
-        super().__init__(where, settings, vocab)
 
     def rules(self) -> list:
         """What determines ids besides the special tokens."""
@@ -305,7 +305,7 @@ class BPE(Tokenizer):
 
     def encode_text(self, text: str, first: bool) -> list[int]:
         ids = []
-        for word in self.words(compose(text) if self.nfc else text):
+        for word in self.words(text, first):
             word_ids = self.cache.get(word)
             if word_ids is None:
                 word_ids = self.encode_word(word)
@@ -316,9 +316,11 @@ class BPE(Tokenizer):
             ids += word_ids
         return ids
 
-    def words(self, text: str) -> list[str]:
+    def words(self, text: str, first: bool) -> list[str]:
         """Cuts text. The expressions see in place of a character beyond ASCII one that stands for its class, so that
         they need not know Unicode; the words are then slices of text of the same lengths."""
+        if self.nfc:
+            text = compose(text)
         seen = text if text.isascii() else text.translate(class_table())
         words = [seen]
         for cut in self.cuts:
@@ -362,12 +364,65 @@ class BPE(Tokenizer):
         return bytes(CHAR_BYTES[char] for char in spelled if char in CHAR_BYTES).decode(errors="replace")
 
 
+BYTE_TOKENS = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+
+
+class CharBPE(BPE):
+    """A sentencepiece model as a tokenizer.json, for a directory without tokenizer.model: "▁" in place of spaces and
+    before a text, merges of characters, and for a character without a token those of its bytes, such as "<0xE2>"."""
+
+    def read_cutting(self, where: str, parsed: dict) -> None:
+        """Sets prepend: before which texts a "▁" comes; twice: before those that begin with one, too; and cuts."""
+        steps = flatten(parsed.get("normalizer"), "normalizers")
+        steps += flatten(parsed.get("pre_tokenizer"), "pretokenizers")
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        split, self.nfc = False, False
+        match steps:
+            case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" | "first" | "never" as prepend}]:
+                self.prepend, self.twice, split = prepend, False, steps[0].get("split", True)
+            case [{"type": "Prepend", "prepend": "▁"}, replace] if replace == spaces:  # as it was until 2024
+                self.prepend, self.twice = "always", True
+            case _:
+                raise UserError(f"{where}: has byte_fallback, and {json.dumps(steps)}, which is not known here")
+        if self.twice and any(token.get("normalized") for token in parsed.get("added_tokens") or []):
+            raise UserError(f"{where}: has an added token that is normalized, which is not known here")
+        # Where no token has a space after another character, no merge reaches over a cut there, and the cache can work.
+        within = any(re.search("[^▁]▁", self.texts[id]) for id in self.merged)
+        pattern = "(▁[^▁]*)" if split else "(?!)" if within else "(▁+[^▁]*)"
+        self.cuts = [re.compile(pattern)]
+
+    def rules(self) -> list:
+        return [*super().rules(), self.prepend, self.twice]
+
+    def prepends(self, first: bool) -> bool:
+        return self.prepend == "always" or (self.prepend == "first" and first)
+
+    def words(self, text: str, first: bool) -> list[str]:
+        text = text.replace(" ", "▁")
+        if self.prepends(first) and (self.twice or not text.startswith("▁")):
+            text = "▁" + text
+        return [word for word in self.cuts[0].split(text) if word]
+
+    def encode_word(self, word: str) -> list[int]:
+        if self.ignore_merges and word in self.vocab:
+            return [self.vocab[word]]
+        ids = []
+        for char in word:
+            spelled = [char] if char in self.vocab else [f"<0x{b:02X}>" for b in char.encode()]
+            ids += [self.vocab[token] for token in spelled]
+        return self.merge(ids)
+
+    def decode_text(self, ids: list[int], first: bool) -> str:
+        tokens = [self.texts.get(id, "") for id in ids]
+        spelled = [BYTE_TOKENS.get(token, token.replace("▁", " ").encode()) for token in tokens]
+        text = b"".join(spelled).decode(errors="replace")
+        return text.removeprefix(" ") if self.prepends(first) else text
+
+
 def read_merges(where: str, model: dict) -> tuple[dict[str, int], dict[tuple[int, int], int], list[int]]:
     """vocab, ranks and merged of BPE from the model of a tokenizer.json."""
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"{where}: its model is {model['type']!r}, expected BPE")
-    if model.get("byte_fallback"):  # sentencepiece's own file says more exactly what it does
-        raise UserError(f"{where}: is a sentencepiece model (byte_fallback), expected its tokenizer.model beside it")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"{where}: its model has {key} {model[key]!r}, which is not known here")
@@ -376,7 +431,8 @@ def read_merges(where: str, model: dict) -> tuple[dict[str, int], dict[tuple[int
         if type(id) is not int or id < 0 or id in owners:
             raise UserError(f"{where}: ids collide: {token!r} has id {id!r}, as has {owners.get(id)!r}")
         owners[id] = token
-    if model.get("unk_token") and not all(char in vocab for char in CHAR_BYTES):
+    needed = BYTE_TOKENS if model.get("byte_fallback") else CHAR_BYTES
+    if model.get("unk_token") and not all(token in vocab for token in needed):
         raise UserError(f"{where}: has an unk_token and no tokens for some bytes, which is not known here")
     ranks, merged = {}, []
     for rank, merge in enumerate(model["merges"]):

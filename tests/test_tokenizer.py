@@ -7,6 +7,7 @@ REAL_MODELS is a folder with smollm2/ (SmolLM2's tokenizer.json) and llama3/toke
 
 import base64
 import json
+import os
 import pickle
 import random
 import sys
@@ -322,6 +323,91 @@ def test_sentencepieces_special_tokens_are_found_in_text(tmp_path):
         assert tokenizer.encode("Answer<s>")[:-1] == word and 1 not in tokenizer.encode("<s>Answer", special=False)
 
 
+def sentencepiece_json(model: sentencepiece.SentencePieceProcessor, form: str) -> tokenizers.Tokenizer:
+    """A sentencepiece model as transformers' converters write it: with a normalizer, as until 2024, or Metaspace."""
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    pairs = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    pairs.sort(key=lambda pair: (-model.get_score(vocab["".join(pair)]), vocab[pair[0]], vocab[pair[1]]))
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    reference = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, **options))
+    if form == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        reference.normalizer = normalizers.Sequence(steps)
+    else:
+        reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", form.removesuffix(", cut"), form.endswith("cut"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if form != "never":
+        steps.append(decoders.Strip(" ", 1, 0))
+    reference.decoder = decoders.Sequence(steps)
+    reference.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    return reference
+
+
+@pytest.fixture(scope="session")
+def byte_fallback(tmp_path_factory) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece model with LLaMA's settings, trained on TEXT."""
+    folder = tmp_path_factory.mktemp("byte_fallback")
+    (folder / "text.txt").write_text(TEXT * 3)
+    options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 600, "hard_vocab_limit": False}
+    options.update(normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), **options
+    )
+    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+SENTENCEPIECE_FORMS = ("normalizer", "first", "always", "never", "first, cut", "always, cut")
+
+
+@pytest.mark.parametrize("form", SENTENCEPIECE_FORMS)
+def test_a_sentencepiece_model_as_json_gives_the_ids_of_tokenizers(byte_fallback, form):
+    reference = sentencepiece_json(byte_fallback, form)
+    tokenizer = ours(reference)
+    texts = [*HARD, TEXT, *random_strings(400, 8, ["<s>", "</s>", "▁", " ▁", "<0x41>"])]
+    assert mismatches(tokenizer, same_as(reference), texts) == []
+    for text in (text for text in texts if not tokenizer.special_pattern.search(text)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+        if form == "normalizer":  # the only one that loses no space at the start
+            assert ids == byte_fallback.encode(text) and tokenizer.decode(ids) == text.replace("▁", " ")
+
+
+def test_a_merge_over_a_space_is_no_cut(byte_fallback):
+    parsed = json.loads(sentencepiece_json(byte_fallback, "first").to_str())
+    parsed["model"]["vocab"]["n▁a"] = 10_000
+    parsed["model"]["merges"].insert(0, ["n", "▁a"])
+    parsed["model"]["merges"].insert(0, ["▁", "a"])
+    reference = tokenizers.Tokenizer.from_str(json.dumps(parsed))
+    assert 10_000 in ours(reference).encode("an apple")
+    assert mismatches(ours(reference), same_as(reference), ["an apple", TEXT]) == []
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "has byte_fallback, and .*Whitespace"),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}}, "and .*Metaspace"),
+        ({"normalizer": {"type": "NFKC"}}, "and .*NFKC"),
+        ({"pre_tokenizer": None}, "and ..,"),
+        ({"added_tokens": [{"id": 1, "content": "<s>", "normalized": True}]}, "an added token that is normalized"),
+    ],
+)
+def test_a_sentencepiece_json_that_is_not_known_is_refused_by_name(byte_fallback, change, words):
+    form = "normalizer" if "added_tokens" in change else "first"
+    with pytest.raises(UserError, match=words):
+        ours(sentencepiece_json(byte_fallback, form), **change)
+
+
+@pytest.mark.stress
+@needs_shared
+@pytest.mark.parametrize("form", SENTENCEPIECE_FORMS)
+@pytest.mark.parametrize("name", ["stories260K/tokenizer.model", "llama_tokenizer.model"])
+def test_real_sentencepiece_models_as_json_on_5000_random_strings(name, form):
+    reference = sentencepiece_json(sentencepiece.SentencePieceProcessor(str(SHARED / name)), form)
+    texts = [*real_texts()[::20], *random_strings(5000, 9, ["<s>", "</s>", "▁", " ▁", "<0x41>"])]
+    assert mismatches(ours(reference), same_as(reference), texts) == []
+
+
 @needs_shared
 @pytest.mark.parametrize("legacy", [True, False])
 def test_llamas_special_tokens_are_found_as_transformers_finds_them(tmp_path, legacy):
@@ -446,7 +532,7 @@ BAD_JSON = {
     "model is 'WordPiece'": {"model__type": "WordPiece"},
     "dropout 0.1": {"model__dropout": 0.1},
     "end_of_word_suffix": {"model__end_of_word_suffix": "</w>"},
-    "byte_fallback": {"model__byte_fallback": True},
+    "no tokens for some bytes": {"model__byte_fallback": True, "model__unk_token": "<unk>"},
     "not laid out as expected": {"model": 5},
     "not laid out as expected.*": {"added_tokens": [5]},
     "merge 0 is .*": {"model__vocab": {}},
@@ -513,10 +599,29 @@ def test_files_beside_it_are_checked_too(tmp_path, tokenizer_file):
         for content, message in cases:
             with pytest.raises(UserError, match=message):
                 load_tokenizer(data, {name: content.encode()})
-    absent = {tmp_path: "no tokenizer.model and no tokenizer.json", tmp_path / "x": "cannot be read: No such"}
-    for path, message in absent.items():
+
+
+def test_a_path_that_is_no_tokenizer_is_one_line(tmp_path, tokenizer_file):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "pointer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    cases = {
+        ".": "no tokenizer.model and no tokenizer.json",
+        "absent": "absent: cannot be read: No such file",
+        "fifo": "fifo: is not an ordinary file",
+        "pointer.model": "pointer.model: is a Git LFS pointer",
+        "a\0b": "cannot be read",
+    }
+    for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            load_tokenizer(path)
+            load_tokenizer(tmp_path / name)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").mkdir()
+    with pytest.raises(UserError, match="tokenizer_config.json: is a directory, expected a file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match="tokenizer.model: is a directory, expected a file"):
+        load_tokenizer(tmp_path)
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer_file):
