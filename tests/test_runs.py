@@ -17,6 +17,7 @@ import torch
 
 from bench.rounding import round_stochastically
 from model import PRESETS, Llama
+from train import Plan
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads((ROOT / "bench" / "paper.json").read_text())
@@ -191,6 +192,84 @@ def test_a_training_that_was_stopped_goes_on(scripts):
     lines = trainings(shown(done.stdout))
     assert done.returncode == 0 and len(lines) > 50
     assert all(("--resume" in line) != ("full" in line) for line in lines)  # pretraining is done anew, with its world
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a LLaMA of today
+
+
+@pytest.fixture
+def smollm2(scripts) -> Path:
+    """The repository of `scripts` with a text and tasks, and a python that makes what it is told to write. Where there is
+    a file ../dies, it dies over every other command, before that has written anything."""
+    python = scripts.parent / "some programs" / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        "[ ! -e ../dies ] || { [ -e ../died ] && rm ../died; } || { touch ../died; kill -9 $$; }\n"
+        """for word; do printf '%s\\n' "$word"; done >> ../words; echo >> ../words\n"""
+        "script=$1\n"
+        """while [ "$2" != --out ] && [ "$2" != --out_dir ] && [ "$2" != --save ]; do shift; done\n"""
+        "case $script in\n"
+        """*alpaca*) mkdir -p "$3" && printf '{\\n  "train": 899,\\n  "val": 97\\n}\\n' > "$3/meta.json" ;;\n"""
+        """train.py) mkdir -p "$3" && : > "$3/merged.pt" ;;\n"""
+        """*) : > "$3" ;;\n"""
+        "esac\n"
+    )
+    (scripts / "my tasks").mkdir()
+    for task in ("arc_easy", "openbookqa", "winogrande"):
+        (scripts / "my tasks" / f"samples_{task}.jsonl").write_text("{}\n" * 300)
+    (scripts / "a text.txt").write_text("word\n" * 300)
+    return scripts
+
+
+NAMED = {"TASKS": "my tasks", "WIKITEXT": "a text.txt", "OUT": "an out", "C4": "it's.json.gz", "ALPACA": "a b.json"}
+
+
+def words_of(folder: Path) -> list[list[str]]:
+    """The commands that the stub has run, and forgets."""
+    words = folder.parent / "words"
+    ran = [text.splitlines() for text in words.read_text().split("\n\n") if text]
+    words.unlink()
+    return ran
+
+
+@pytest.mark.parametrize("size, cells, steps", [("short", 2, 84), ("full", 8, 225)])
+def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, cells, steps):
+    done = stubbed(smollm2, "runs/smollm2.sh", "a model", *[size] * (size == "full"), **NAMED)
+    assert done.returncode == 0, done.stderr
+    ran = words_of(smollm2)
+    assert [line[1:] for line in shown(done.stdout)] == ran
+    for line in ran:
+        known = set(re.findall(r'"(--[a-z_]+)"', (ROOT / line[0]).read_text()))
+        assert {word for word in line if word.startswith("--")} <= known, line
+    tuned = [line for line in ran if line[0] == "train.py"]
+    assert len(tuned) == 3 * cells and len([line for line in ran if line[0] == "evaluate.py"]) == 4 * cells + 1
+    rates = {line[line.index("--method") + 1]: line[line.index("--lr") + 1] for line in tuned}
+    assert rates == {"spp": "3e-2", "lora": "5e-3", "masked": "1e-3"}
+    epochs = {float(line[line.index("--epochs") + 1]) for line in tuned}
+    assert [Plan(899, 4, share, 0).steps for share in epochs] == [steps]
+    kept = 200 if size == "short" else 300
+    assert (smollm2 / "an out" / "samples_winogrande.jsonl").read_text().count("\n") == kept
+    stubbed(smollm2, "runs/smollm2.sh", "a model", *[size] * (size == "full"), **NAMED)
+    assert [line[0] for line in words_of(smollm2)] == ["bench/tables.py"]  # what is there is not made again
+
+
+def test_smollm2_killed_over_every_command_makes_the_same(smollm2):
+    assert stubbed(smollm2, "runs/smollm2.sh", "a model", **NAMED).returncode == 0
+    whole = words_of(smollm2)
+    shutil.rmtree(smollm2 / "an out")
+    (smollm2.parent / "dies").touch()
+    starts = 1
+    while stubbed(smollm2, "runs/smollm2.sh", "a model", **NAMED).returncode != 0:
+        starts += 1
+        assert starts < 100
+    assert words_of(smollm2) == whole and starts == len(whole) + 1
+
+
+@pytest.mark.parametrize("words", [(), ("a", "ful"), ("a", "full", "b")])
+def test_smollm2_takes_no_other_words(scripts, words):
+    done = stubbed(scripts, "runs/smollm2.sh", *words)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not (scripts / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
