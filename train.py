@@ -9,9 +9,10 @@ Two machines of eight, the first reachable as 10.0.0.1 (add NCCL_IB_DISABLE=1 in
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
     torchrun --nnodes=2 --node_rank=1 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --ckpt ...
 
-The defaults are the paper's, by the model's size (`PAPER`); bench/memory.py says what a run would need. `main` is the
-whole run, from settings to merged.pt; what it calls stands below it, in the order of the calls. With --resume the same
-command goes on where a run was stopped, and starts from the beginning where nothing was saved yet.
+The defaults are the paper's, by the model's size (`PAPER`), and the learning rate is that of the method, the width and
+the number of steps (`default_lr`); bench/memory.py says what a run would need. `main` is the whole run, from settings
+to merged.pt; what it calls stands below it, in the order of the calls. With --resume the same command goes on where a
+run was stopped, and starts from the beginning where nothing was saved yet.
 
 What differs from the authors' script. The examples of a global batch are sorted by length and cut into micro-batches
 of equal work, instead of drawn at random and padded to the longest. The gradient is the same, since the loss is the
@@ -106,6 +107,18 @@ PAPER = {
     69.0: (5e-4, 8, 128, 1),
 }
 PAPER_LENGTH = 512  # tokens; so a micro-batch of 8 is at most 4,096 padded tokens
+PAPER_RECORDS = 50_002  # of Alpaca, without the 2,000 that are held out
+
+# For `default_lr`: the peak learning rate at a width of 4,096, and the power with which it rises for narrower models
+LR = {
+    "spp": (None, 0.5),  # the paper's, by size
+    "lora": (2e-4, 0.9),  # QLoRA's for 7B
+    "masked_lora": (2e-4, 0.9),
+    "full": (2e-5, 0.9),  # as Alpaca was fine-tuned
+    "dynamic": (2e-5, 1.1),
+    "masked": (2e-5, 1.3),
+    "pretraining": (3e-4, 0.9),  # LLaMA's
+}
 
 
 def make_parser() -> Parser:
@@ -129,7 +142,7 @@ def make_parser() -> Parser:
     add("--sparsity", help="dynamic: the pattern to keep, such as 2:4")
     add("--mask_interval", type=number(int, 1), default=10, help="dynamic: steps between two masks")
     # the optimizer; the paper's values, where there is no default by size
-    add("--lr", type=number(float, above=0), help="peak learning rate (default: the paper's for this size)")
+    add("--lr", type=number(float, above=0), help="peak learning rate (default: by method, width and steps)")
     add("--batch_size", type=number(int, 1), help="examples in a step, over all processes (default: the paper's)")
     add("--epochs", type=number(float, above=0), help="passes over the training data (default: the paper's)")
     micro_batch = "padded tokens in a micro-batch of one process (default: the paper's batch x 512)"
@@ -171,6 +184,9 @@ def main() -> None:
     train, val = read_data(args, config, ckpt, world)
     model = build(args, config)  # on the meta device: under FSDP no process ever holds all of it
     plan = Plan(len(train.lengths), args.batch_size, args.epochs, args.seed)
+    lr_source = None
+    if args.lr is None:  # not before the number of steps is known
+        args.lr, lr_source = default_lr(args.method if args.ckpt else "pretraining", config, plan.steps)
 
     # --- the folder of the run, which rank 0 alone reads, locks and writes. It does so before the processes join: an
     # error is then a single process that ends, and torchrun ends the others.
@@ -196,6 +212,11 @@ def main() -> None:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
         stay = "; they stay" if args.method in ("spp", "masked", "masked_lora") else ""
         log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
+    if lr_source:
+        log(f"--lr {args.lr:g}: {lr_source}")
+    if plan.steps < 100 and plan.batch_size > world:
+        few = f"note: {plan.steps} steps of {plan.batch_size} examples"
+        log(f"{few}: below about 100, a smaller --batch_size and so more steps make more of the same data")
 
     # --- model and optimizer
     torch.manual_seed(args.seed)  # of a --preset's weights
@@ -354,12 +375,10 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | None) -> None:
-    """Fills in the flags that were not given, with the paper's values for a model of this size."""
-    with torch.device("meta"):
-        billions = sum(p.numel() for p in Llama(config).parameters()) / 1e9
-    nearest = min(PAPER, key=lambda size: abs(math.log(size / billions)))
-    lr, micro_batch, batch_size, epochs = PAPER[nearest]
-    defaults = {"lr": lr, "batch_size": batch_size, "epochs": epochs, "max_tokens": micro_batch * PAPER_LENGTH}
+    """Fills in the flags that were not given, with the paper's values for a model of this size; but for --lr, which
+    depends on the data too (`default_lr`)."""
+    _, micro_batch, batch_size, epochs = PAPER[paper_size(config)]
+    defaults = {"batch_size": batch_size, "epochs": epochs, "max_tokens": micro_batch * PAPER_LENGTH}
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -367,6 +386,42 @@ def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | No
     stored = common_dtype(ckpt) if ckpt is not None else torch.float32
     if args.dtype == "auto":
         args.dtype = "float32" if stored == torch.float32 else "bfloat16"
+
+
+def paper_size(config: LlamaConfig) -> float:
+    """The row of PAPER that is nearest to a model of this shape."""
+    with torch.device("meta"):
+        billions = sum(p.numel() for p in Llama(config).parameters()) / 1e9
+    return min(PAPER, key=lambda size: abs(math.log(size / billions)))
+
+
+def default_lr(method: str, config: LlamaConfig, steps: int) -> tuple[float, str]:
+    """The peak learning rate of a run of so many steps, to one digit, and where it comes from.
+
+        base * (4096 / width)^power * (the paper's steps / steps)^(1/3)       no factor is below 1
+
+    At LLaMA-7B's width or above and the paper's steps (1,173, at 30B 588, from 65B on 391) it is `base` (`LR`). The
+    powers are fitted to the best rates of pruned models of width 96 and 192 and 20 to 100 steps, which bench/rates.py
+    measured (assets/rates.jsonl): each default is within a factor of 2 of the best (tests/test_train.py). In between
+    lies SmolLM2-135M (576 wide, Wanda 0.75), where with 21 steps 6e-2 was reported best for SPP, and for masked and
+    LoRA* the highest that was tried, 1e-3 and 5e-3: they get 4e-2, 1e-3 and 4e-3. With 84 smaller steps 2e-3 was better
+    for masked than 1e-3, and it gets 6e-4. Nothing else is known of the widths from 192 to 4,096, and of pretraining
+    only the demo's 8e-3. A method of your own takes SPP's.
+    """
+    size = paper_size(config)
+    paper_lr, _, batch_size, epochs = PAPER[size]
+    base, power = LR.get(method, LR["spp"])
+    source = f"the usual {base} for {method}"
+    if base is None:
+        base = paper_lr
+        source = f"the paper's {base} for {size}B"
+    narrow = max(1, 4096 / config.hidden_size) ** power
+    short = max(1, math.ceil(PAPER_RECORDS / batch_size) * epochs / steps) ** (1 / 3)
+    if narrow > 1:
+        source += f", x {narrow:.1f} for a width of {config.hidden_size}"
+    if short > 1.05:  # a few records more or less than the paper's do not show in one digit
+        source += f", x {short:.1f} for {steps} steps"
+    return float(f"{base * narrow * short:.0e}"), source
 
 
 # ----------------------------------------------------------------------------------------------------------------------

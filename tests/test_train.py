@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from conftest import prune_by_magnitude
 from forks import ROOT, Job, free_port
 
 import train
+from bench import rates
 from data.checkpoint import UserError, open_checkpoint
 from model import PRESETS, Llama, LlamaConfig, config_from_dict, load, open_llama, save
-from spp import adapter_state, inject, write_adapter
+from spp import METHODS, adapter_state, inject, write_adapter
 
 TRAIN = ROOT / "train.py"
 
@@ -1052,3 +1054,78 @@ def test_groups_of_n_m_that_run_over_the_ends_of_rows_are_refused(world, tmp_pat
     line = refusal(world, tmp_path / "run", *flags)
     assert "--sparsity 2:8: layers.0.mlp.down_proj has 44 columns, no multiple of 8" in line
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the learning rate where none is given
+
+
+@pytest.mark.parametrize(
+    "preset, lr",
+    [
+        ("llama-7b", 4e-3),
+        ("llama-13b", 2e-3),
+        ("llama-30b", 4e-3),
+        ("llama-65b", 5e-4),
+        ("llama-2-7b", 4e-3),
+        ("llama-2-13b", 2e-3),
+        ("llama-2-70b", 5e-4),
+    ],
+)
+@pytest.mark.parametrize("records", (50_002, 49_942))  # with and without those that have no answer
+def test_the_papers_sizes_and_steps_get_the_papers_rates(preset, lr, records):
+    args = train.make_parser().parse_args(["--preset", preset])
+    train.fill_in(args, PRESETS[preset], None)
+    steps = train.Plan(records, args.batch_size, args.epochs, 0).steps
+    size = min(train.PAPER, key=lambda size: abs(size - float(re.search(r"(\d+)b", preset)[1])))
+    assert train.default_lr("spp", PRESETS[preset], steps) == (lr, f"the paper's {lr} for {size}B")
+
+
+@pytest.mark.parametrize("method", (*METHODS, "full"))
+def test_the_default_rate_is_within_a_factor_of_two_of_the_measured_best(method):
+    lines = [json.loads(line) for line in (ROOT / "assets" / "rates.jsonl").read_text().splitlines()]
+    cells = {rates.cell_of(line) for line in lines if line["method"] == method}
+    assert len({width for width, _, _ in cells}) > 1 and len({steps for _, _, steps in cells}) > 1
+    for cell in cells:
+        width, _, steps = cell
+        lr, _ = train.default_lr(method, rates.config_of(width), steps)
+        assert 0.5 <= lr / rates.best_of(lines, cell)["lr"] <= 2, (cell, lr)
+
+
+@pytest.mark.parametrize("method, usual", [("lora", 2e-4), ("masked_lora", 2e-4), ("masked", 2e-5), ("full", 2e-5)])
+def test_the_baselines_get_their_usual_rates_at_7b(method, usual):
+    assert train.default_lr(method, PRESETS["llama-7b"], 1173) == (usual, f"the usual {usual} for {method}")
+
+
+@pytest.mark.parametrize("method", (*METHODS, "full", "pretraining"))
+def test_the_default_rate_rises_for_narrow_models_and_short_runs_alone(method):
+    sizes = [(4096, 9999), (4096, 1173), (4096, 100), (1024, 100), (96, 100), (96, 10)]
+    found = [train.default_lr(method, replace(PRESETS["llama-7b"], hidden_size=w), steps)[0] for w, steps in sizes]
+    assert found[0] == found[1] and found[1:] == sorted(set(found))
+
+
+def test_a_run_says_which_rate_it_chose_and_from_where_unless_it_was_given(world, tmp_path):
+    line = command(world, tmp_path / "run")
+    job = Job(*line[: line.index("--lr")], *line[line.index("--lr") + 2 :])
+    assert job.wait() == [0], job.text
+    lr, source = train.default_lr("spp", PRESETS["test"], 6)
+    assert f"--lr {lr:g}: {source}\n" in job.text and "for a width of 32, x 5.8 for 6 steps" in source
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["lr"] == lr
+    assert max(line["lr"] for line in log_of(tmp_path / "run") if "lr" in line) == lr
+    job = start(world, tmp_path / "given", "--epochs", 1)
+    assert job.wait() == [0] and "--lr" not in job.text
+
+
+@pytest.mark.parametrize(
+    "batch_size, epochs, notes",  # of 48 examples, 3 or 48 steps an epoch
+    [
+        (16, 33, ["note: 99 steps of 16 examples: below about 100, a smaller --batch_size and so more steps"]),
+        (16, 34, []),
+        (1, 2, []),  # there is no smaller batch
+    ],
+)
+def test_a_run_of_few_steps_says_that_smaller_batches_make_more_of_the_data(world, tmp_path, batch_size, epochs, notes):
+    flags = ("--batch_size", batch_size, "--epochs", epochs, "--eval_interval", 1000)
+    job = start(world, tmp_path / "run", *flags)
+    assert job.wait() == [0], job.text
+    assert re.findall("note: .* and so more steps", job.text) == notes
