@@ -193,6 +193,11 @@ class Attention(nn.Module):
             cache[:] = [k, v]
         # A group of query heads shares one key-value head (enable_gqa). Without a mask attention is causal.
         gqa = q.shape[1] != k.shape[1]
+        if gqa and x.is_cuda and (mask is not None or x.dtype == torch.float32):
+            # Flash attention takes no mask and no float32, the memory-efficient kernel no groups: with both, torch
+            # would fall back on the kernel that holds the scores of every head, T x (past + T), in memory.
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # (B, query heads, past + T, ...)
+            gqa = False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -691,9 +696,17 @@ def add_device(parser: Parser) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuses "cuda" where there is none."""
+    """Refuses "cuda" where there is none, and sets what no result may depend on."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
+    blind = torch.version.cuda is not None and not torch.cuda.is_available()  # most often an old driver
+    if blind and int(os.environ.get("RANK", 0)) == 0:  # a run of days would otherwise start on the CPU without a word
+        print("note: torch is built for CUDA but sees no GPU; this runs on the CPU", file=sys.stderr)
+    # float32 means float32: the environment may have turned on TF32, which keeps 10 bits of a product's factors
+    torch.set_float32_matmul_precision("highest")
+    # cuDNN's attention plans for half a second at each new shape, and a fine-tuning run has thousands of them; it is
+    # not deterministic either, so a resumed run would not end with the same bits
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def join_processes(device: str) -> tuple[int, int]:
