@@ -229,6 +229,16 @@ def test_patterns_are_recognised(n, m):
     assert sparsity_of(torch.randn(6, 48)) == (0.0, None)
 
 
+@pytest.mark.parametrize("rows, columns", [(5, 8), (130, 20), (3, 6)])  # the last two are no multiple of 8, or of 4
+def test_every_zero_counts_and_a_group_ends_with_its_row(rows, columns):
+    weight = torch.ones(rows, columns)
+    weight[:, 1::2] = -0.0  # a zero too
+    pattern = {8: "2:4", 20: "2:4", 6: None}[columns]
+    assert sparsity_of(weight.bfloat16()) == (0.5, pattern)
+    weight[-1, -1] = 1
+    assert sparsity_of(weight) == (pytest.approx(0.5 - 1 / weight.numel(), abs=1e-12), None)
+
+
 def test_a_directory_that_others_pruned_is_recognised(tmp_path):
     theirs = hf_model(num_key_value_heads=2)
     prune_by_magnitude(theirs, 2, 4)  # and stored dense, as Wanda's and SparseGPT's codes do
