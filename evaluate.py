@@ -806,6 +806,8 @@ def to_semi_structured(model: Llama) -> None:
             except RuntimeError as e:  # rows or columns that are no multiple of what the units take
                 raise UserError(f"--semi_structured: {name}: {e}") from None
             module.weight = nn.Parameter(sparse, False)
+            # cuSPARSELt writes a transposed output, from which attention's fast kernels turn away
+            module.register_forward_hook(lambda module, args, y: y.contiguous())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
