@@ -198,6 +198,8 @@ def prune_model(
     pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
     check_pattern(pattern, model.config)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # the caller may have TF32 on
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)
     tables = rope_tables(model.config, torch.arange(tokens.shape[1], device=x.device), x.dtype)
@@ -205,6 +207,7 @@ def prune_model(
     report = []
     for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
         report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+    torch.set_float32_matmul_precision(precision)
     entry = {"method": method, "sparsity": "by layer" if callable(sparsity) else format_sparsity(pattern)}
     if dsnot_cycles:
         entry.update(dsnot_cycles=dsnot_cycles, dsnot_threshold=dsnot_threshold)
@@ -294,7 +297,13 @@ def add_batch(s: Statistics, inputs: Tensor, n_sequences: int, moments: bool, st
         width = math.ceil(C / 4)
         for a in range(0, C, width):
             b = min(a + width, C)
-            s.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
+            if inputs.is_cuda and inputs.dtype != torch.float32:
+                # the tensor cores' products of 16-bit numbers are exact in float32, in which they are summed
+                X = inputs.flatten(0, 1)
+                XX = torch.mm(X[:, a:].T, X[:, a:b], out_dtype=torch.float32)
+                s.hessian[a:, a:b].add_(XX, alpha=2 / n_sequences)
+            else:
+                s.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
     s.sample = torch.cat([s.sample, inputs.flatten(0, 1)[::stride]])[:SAMPLE]
 
 
@@ -440,11 +449,11 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
         errors = torch.empty_like(w)
         for first in range(0, end - start, group):
             columns = slice(first, first + group)
-            score = w[columns].T.square() / u.diagonal()[columns].square()  # (R, group)
+            score = (w[columns].T / u.diagonal()[columns]).square_()  # (R, group)
             score.masked_fill_(z[columns].T, -1)  # below every other
             keep = keep_mask(score, sparsity, whole=True).T & ~z[columns]  # (group, R)
             for j, kept in enumerate(keep, first):
-                errors[j] = w[j].masked_fill(kept, 0) / u[j, j]  # what goes, measured against the column's own scale
+                torch.div(w[j].masked_fill(kept, 0), u[j, j], out=errors[j])  # what goes, on the column's own scale
                 w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
                 w[j].mul_(kept)  # to the last bit
         W[:, start:end] = w.T
@@ -556,6 +565,8 @@ def prune_checkpoint(
     held = lock(work)  # noqa: F841  until this function returns
     check_out(out)  # again: whoever held the lock may have ended since the command's first look
     job = {"version": VERSION, **entry, "base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype)}
+    if torch.device(device).type == "cuda":
+        job["device"] = torch.cuda.get_device_name(device)  # another GPU cuts other batches and rounds otherwise
     job["calib"] = digest(tokens.numpy())
     if not (work / "job.json").exists():
         write_json(work / "job.json", job)
