@@ -288,13 +288,16 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, mask, cache[i] if cache is not None else None)
         return self.model.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets (B, T), -100 where nothing is to be predicted, the summed loss."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size), or with targets their summed loss: targets (N,) for the positions `where` (N,) of
+        the flattened tokens, or (B, T) for all of them."""
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        keep = targets != -100  # before lm_head, so that padding and prompts cost no logits
-        return self.summed_loss(x[keep], targets[keep])
+        x = x.flatten(0, 1)  # (B * T, hidden_size)
+        if where is not None:
+            x = x.index_select(0, where)  # before lm_head, so that padding and prompts cost no logits
+        return self.summed_loss(x, targets.flatten())
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy summed (not averaged) over the targets, float32, (). x: (N, hidden_size), targets: (N,).

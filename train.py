@@ -46,16 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -171,6 +162,9 @@ def main() -> None:
     # --- settings, data and the model's shapes: what is wrong with them is said before the run's folder is touched
     args = make_parser().parse_args()
     check_settings(args)
+    # here, since it takes as long to import as torch itself, for which --help and a wrong flag need not wait
+    from torch.distributed.checkpoint import state_dict as dcp
+
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         args.resume = True  # torchrun --max_restarts gives the first command again
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -225,14 +219,19 @@ def main() -> None:
         for block in model.model.layers:
             block.compile(dynamic=True)  # micro-batches differ in length
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=args.weight_decay)
-    net = DistributedDataParallel(model) if world > 1 and mesh is None else model
+    fused = args.device == "cuda"  # one kernel, where the default makes temporaries as large as what learns
+    optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+    net = model
+    if world > 1 and mesh is None:
+        net = DistributedDataParallel(model, broadcast_buffers=False)  # dynamic's masks are the same everywhere
+    # The library's own gathering and scattering of sharded states: names are the model's, whatever wraps it.
+    gather = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     if start > 0:
         if state is None:  # rank 0 alone has read the file; the library sends every process its share
             state = {"model": {}, "optimizer": {}}
-        scatter = dataclasses.replace(GATHER, cpu_offload=False, broadcast_from_rank0=world > 1)
-        set_model_state_dict(model, state["model"], options=scatter)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=scatter)
+        scatter = dataclasses.replace(gather, cpu_offload=False, broadcast_from_rank0=world > 1)
+        dcp.set_model_state_dict(model, state["model"], options=scatter)
+        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=scatter)
         del state  # with the method "full" it is three times the model
         log(f"resuming after step {start} of {plan.steps}")
 
@@ -269,17 +268,19 @@ def main() -> None:
         for i, indices in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             if mesh is not None:
-                model.set_requires_gradient_sync(last)  # processes exchange gradients once a step, not per micro-batch
+                # Processes exchange gradients once a step, not per micro-batch; but until they do, a process holds
+                # them whole: all of the model's, where every weight learns.
+                model.set_requires_gradient_sync(last or args.method == "masked")
             elif world > 1:
                 net.require_backward_grad_sync = last
-            tokens, targets = train.batch(indices, args.device)
+            batch = train.batch(indices, args.device)
             with autocast(args):
-                summed = net(tokens, targets)
+                summed = net(*batch)
             (summed * (world / max(1, n_targets))).backward()
             loss_sum += summed.detach()
 
         grad_norm = nn.utils.clip_grad_norm_(learning, args.grad_clip or math.inf)
-        if isinstance(grad_norm, DTensor):  # under FSDP each process has the norm of its shards
+        if mesh is not None:  # under FSDP each process has the norm of its shards
             grad_norm = grad_norm.full_tensor()
         # What all processes must agree on, in one collective: the loss, and whether any of them was asked to stop. This
         # is also where the device is waited for, once a step.
@@ -317,8 +318,8 @@ def main() -> None:
 
         saving = done or stopping or (step + 1) % args.save_interval == 0
         if saving and optimizer.state:  # before its first step there is nothing to save, and the library would take one
-            weights = get_model_state_dict(model, options=GATHER)  # as above, all of them call it
-            moments = get_optimizer_state_dict(model, optimizer, options=GATHER)
+            weights = dcp.get_model_state_dict(model, options=gather)  # as above, all of them call it
+            moments = dcp.get_optimizer_state_dict(model, optimizer, options=gather)
             if rank == 0:
                 write_state(out_dir, run_id, step + 1, first, best, weights, moments, model)
             if world > 1:
@@ -463,21 +464,25 @@ class Examples:
             bad = self.tokens.max() if self.tokens.max() >= vocab_size else self.tokens.min()
             raise UserError(f"--data {folder}: token id {bad} is not among the model's {vocab_size}")
 
-    def batch(self, indices: list[int], device: str) -> tuple[Tensor, Tensor]:
-        """Right-padded tokens and targets, (B, T) int64; targets are -100 where nothing is to be predicted.
+    def batch(self, indices: list[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Llama.forward` takes, int64: right-padded tokens (B, T); targets (N,); where in the flattened tokens
+        they are to be predicted (N,), which is worked out here, since a GPU would have to be waited for.
 
         No attention mask is needed: attention is causal, so real positions never see the padding after them.
         An empty list gives one padded position: a process without work still takes part in every collective.
         """
         T = max((self.lengths[i] for i in indices), default=1)
         tokens = np.zeros((max(1, len(indices)), T), dtype=np.int64)
-        targets = np.full_like(tokens, -100)
+        targets, where = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for row, i in enumerate(indices):
             example = self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
             tokens[row, : len(example) - 1] = example[:-1]
-            targets[row, : len(example) - 1] = example[1:]
-            targets[row, : self.skipped[i]] = -100
-        return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+            targets.append(example[1:][self.skipped[i] :])
+            where.append(row * T + np.arange(self.skipped[i], len(example) - 1))
+        batch = [torch.from_numpy(x) for x in (tokens, np.concatenate(targets), np.concatenate(where))]
+        if device == "cuda":  # from pinned memory the copies run beside the work before, and nobody waits for them
+            batch = [x.pin_memory() for x in batch]
+        return tuple(x.to(device, non_blocking=True) for x in batch)
 
 
 def read_data(
@@ -525,29 +530,30 @@ class Plan:
         return order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
-MAX_PADDING = 0.08  # a larger share of wasted positions is worth another micro-batch
+# Tokens that take as long as what a micro-batch costs at any length, forming W^ and reducing G. By count it is 500 on
+# an H100, measured (bench/linear.py) it is about 50 on a CPU; one number between them, so that both cut alike.
+FIXED_COST = 250
 
 
 def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world: int) -> list[list[list[int]]]:
     """Cuts a global batch into micro-batches, a list of them for each process.
 
     Sorted by length, examples that lie together pad little. Every process gets the same number of micro-batches
-    (FSDP's collectives count on it): as few as max_tokens and MAX_PADDING allow. The cut is made under the lowest limit
-    that gives no more of them, so that all are about the same work and the processes finish together.
+    (FSDP's collectives count on it): that of the least work, padding and FIXED_COST counted. The cut is made under the
+    lowest limit that gives no more of them, so that all are about the same work and the processes finish together.
     """
     indices = np.sort(indices)  # so that the cut does not depend on their order
     sizes = lengths[indices].tolist()
-    fewest_tokens = sum(sizes) / (1 - MAX_PADDING)
     count = world * math.ceil(len(cut_into_batches(sizes, max_tokens)) / world)
-    while True:
-        limit = lowest_limit(sizes, count, max_tokens)
-        parts = cut_into_batches(sizes, limit)
-        padded = sum(len(part) * sizes[part[0]] for part in parts)
-        if padded <= fewest_tokens or limit == max(sizes):  # a lower limit would not hold the longest example
-            break
+    least, parts = math.inf, []
+    while sum(sizes) + count * FIXED_COST < least:  # more of them would be more work even if none had padding
+        cut = cut_into_batches(sizes, lowest_limit(sizes, count, max_tokens))
+        work = sum(len(part) * sizes[part[0]] for part in cut) + count * FIXED_COST
+        if work < least:
+            least, parts = work, cut
         count += world
     parts = [[int(indices[i]) for i in part] for part in parts]
-    parts += [[]] * (count - len(parts))
+    parts += [[]] * (-len(parts) % world)
     # Neighbours are of about the same length: taken in turn, they give the processes equal work at the same time.
     return [parts[rank::world] for rank in range(world)]
 
@@ -616,6 +622,8 @@ def materialise(
                 setattr(module, name, nn.Parameter(torch.empty_like(meta, device="cpu"), meta.requires_grad))
             module.reset_parameters()
     if mesh is not None:
+        from torch.distributed.fsdp import fully_shard
+
         for block in model.model.layers:  # gathered when its turn comes, and freed after it
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -636,8 +644,10 @@ def materialise(
         model.to(device)
 
 
-def shard_rows(w: Tensor, mesh: DeviceMesh, device: str, dtype: torch.dtype) -> DTensor:
-    """This process's rows of a weight, as FSDP2 cuts it."""
+def shard_rows(w: Tensor, mesh: DeviceMesh, device: str, dtype: torch.dtype) -> Tensor:
+    """This process's rows of a weight, as FSDP2 cuts it: a DTensor."""
+    from torch.distributed.tensor import DTensor, Shard
+
     chunks = w.chunk(mesh.size())  # the last may be shorter, or missing
     rank = mesh.get_local_rank()
     rows = chunks[rank] if rank < len(chunks) else w[:0]
@@ -697,10 +707,6 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
     if settings.get("lr") != args.lr:
         tqdm.write(f"note: --resume: {out_dir} began with --lr {settings.get('lr')}, and goes on with {args.lr}")
     return config["run"], held
-
-
-# The library's own gathering and scattering of sharded states: names are the model's, whatever wraps it.
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def state_names(model: Llama) -> set[str]:

@@ -177,14 +177,24 @@ def test_processes_finish_together():
         assert min(work) > 0.5 * max(work)
 
 
-def test_sorting_by_length_leaves_less_than_8_percent_padding():
+def test_no_other_number_of_micro_batches_is_less_work():
     # Alpaca's lengths are about log-normal; padding random batches of 8 wastes half
     lengths = np.random.default_rng(0).lognormal(4.6, 0.7, 4096).clip(10, 511).astype(int)
     for world_size in (1, 8):
-        plan, padded = train.Plan(4096, 128, 1, 0), 0
+        plan, all_work = train.Plan(4096, 128, 1, 0), 0
         for step in range(plan.steps):
-            padded += train.padded_tokens(train.split_batch(plan[step], lengths, 4096, world_size), lengths)
-        assert 1 - lengths.sum() / padded < 0.08
+            sizes = lengths[plan[step]]
+            shares = train.split_batch(plan[step], lengths, 4096, world_size)
+            work = train.padded_tokens(shares, lengths) + 250 * sum(len(parts) for parts in shares)
+            for count in range(world_size, 65, world_size):
+                limit = train.lowest_limit(sizes.tolist(), count, 4096)
+                cut = train.cut_into_batches(sizes.tolist(), limit)
+                if len(cut) > count:  # --max_tokens asks for more
+                    continue
+                padded = sum(len(part) * sizes[part].max() for part in cut)
+                assert work <= padded + 250 * world_size * math.ceil(len(cut) / world_size)
+            all_work += work
+        assert all_work < 1.31 * lengths.sum()
 
 
 def test_an_epoch_sees_every_example_once():
@@ -197,15 +207,18 @@ def test_an_epoch_sees_every_example_once():
 
 def test_targets_are_the_next_tokens_and_prompts_can_be_masked(world):
     examples = train.Examples(world / "data", "train")
-    tokens, targets = examples.batch([0, 1], "cpu")
-    first = torch.from_numpy(examples.tokens[: examples.offsets[1]].astype(np.int64))
-    assert tokens[0, : len(first) - 1].equal(first[:-1]) and targets[0, : len(first) - 1].equal(first[1:])
-    assert (targets != -100).sum() == examples.lengths[:2].sum() == examples.n_targets[:2].sum()
+    tokens, targets, where = examples.batch([0, 1], "cpu")
+    stream, (start, middle, end) = torch.from_numpy(examples.tokens.astype(np.int64)), examples.offsets[:3]
+    a, b = stream[start:middle], stream[middle:end]
+    assert tokens[0, : len(a) - 1].equal(a[:-1]) and tokens[1, : len(b) - 1].equal(b[:-1])
+    assert targets.equal(torch.cat([a[1:], b[1:]])) and tokens.flatten()[where].equal(torch.cat([a[:-1], b[:-1]]))
+    assert len(targets) == examples.lengths[:2].sum() == examples.n_targets[:2].sum()
     answers = train.Examples(world / "data", "train", mask_prompt=True)
-    _, masked = answers.batch([0, 1], "cpu")
-    assert (masked != -100).sum() == answers.n_targets[:2].sum() < examples.n_targets[:2].sum()
-    n = examples.prompt[0]  # the first target is the first token of the answer
-    assert masked[0, n - 1] == first[n] and (masked[0, : n - 1] == -100).all()
+    tokens, targets, where = answers.batch([0, 1], "cpu")
+    assert len(targets) == answers.n_targets[:2].sum() < examples.n_targets[:2].sum()
+    n, k = examples.prompt[:2]  # the first target is the first token of the answer
+    assert targets.equal(torch.cat([a[n:], b[k:]]))
+    assert tokens.flatten()[where].equal(torch.cat([a[n - 1 : -1], b[k - 1 : -1]]))
 
 
 def test_padding_does_not_change_the_loss(world):
@@ -213,9 +226,9 @@ def test_padding_does_not_change_the_loss(world):
     examples = train.Examples(world / "data", "train")
     together = model(*examples.batch([0, 1, 2], "cpu"))
     apart = sum(model(*examples.batch([i], "cpu")) for i in (0, 1, 2))
-    tokens, targets = examples.batch([0], "cpu")
+    tokens, targets, _ = examples.batch([0], "cpu")  # alone, it has no padding
     torch.testing.assert_close(together, apart)
-    torch.testing.assert_close(model(tokens, targets), F.cross_entropy(model(tokens)[0], targets[0], reduction="sum"))
+    torch.testing.assert_close(model(tokens, targets), F.cross_entropy(model(tokens)[0], targets, reduction="sum"))
 
 
 def test_learning_rate_rises_over_the_warmup_and_falls_to_zero():
@@ -237,8 +250,8 @@ def test_one_step_of_the_loop_equals_a_step_written_by_hand(world, tmp_path):
     reference = train.build(args, model.config)
     train.materialise(reference, model.state_dict(), 0, "cpu")
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], 0.004, weight_decay=0.001)
-    tokens, targets = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), "cpu")
-    loss = F.cross_entropy(reference(tokens).transpose(1, 2), targets)
+    tokens, targets, where = examples.batch(train.Plan(48, 16, 1, 0)[0].tolist(), "cpu")
+    loss = F.cross_entropy(reference(tokens).flatten(0, 1)[where], targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = train.learning_rate(0, 1, 0.03, 0.004)
@@ -506,6 +519,27 @@ def test_a_run_resumes_on_another_number_of_processes(world, long, tmp_path):
     adapter, log = finished(world, tmp_path / "run", *LONG, "--resume", "--fsdp", processes=2)
     assert difference(adapter, long[0]) < 1e-4
     assert [line["step"] for line in log] == [line["step"] for line in long[1]]
+
+
+@pytest.mark.stress
+def test_a_merge_longer_than_the_processes_wait_for_each_other_is_waited_for_by_nobody(world, tmp_path):
+    """NCCL gives up after ten minutes and torchrun then ends all; merging a 70B takes twenty."""
+    (tmp_path / "slow.py").write_text(
+        f"""
+import datetime, sys, time, torch.distributed as dist, train
+join, write_result = dist.init_process_group, train.write_result
+dist.init_process_group = lambda backend, timeout: join(backend, timeout=datetime.timedelta(seconds=6))
+def slow(*args):
+    time.sleep(9)
+    write_result(*args)
+train.write_result = slow
+sys.argv = {command(world, tmp_path / "run", "--epochs", 0.4)}
+train.main()
+"""
+    )
+    job = Job(tmp_path / "slow.py", processes=2)
+    assert set(job.wait()) == {0}, job.text
+    assert (tmp_path / "run" / "merged.pt").exists()
 
 
 @pytest.mark.stress
