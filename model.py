@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -566,6 +567,54 @@ def load(
     model.history = ckpt.history
     model.special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
     return model, tokenizer_of(ckpt)
+
+
+def check_dtype(ckpt: Checkpoint, dtype: torch.dtype) -> None:
+    """UserError for the first weight that is too large for the dtype: now, and not in the middle of a walk."""
+    for name, w in ckpt.meta.items():
+        if dtype not in (w.dtype, torch.float32):  # which takes every weight
+            cast(ckpt[name], dtype, name)
+
+
+def stream_blocks(
+    ckpt: Checkpoint, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, start: int = 0
+) -> Iterator[Block]:
+    """Yields the blocks of a checkpoint one after the other, from number `start` on, each a copy on the device.
+
+    While the caller works with one, a thread reads the next: two are in memory, whatever the model's size. UserError
+    where a weight is too large for the dtype.
+    """
+    # On a GPU copies have a stream of their own, or they would wait for the caller's kernels and these for them. It
+    # also tells the thread which GPU is this process's: a thread begins with the first.
+    stream = torch.cuda.Stream() if torch.device(device).type == "cuda" else None
+
+    def read(i: int) -> Block:
+        with torch.device("meta"):
+            block = Block(config)
+        state = {}
+        with torch.cuda.stream(stream):  # without a stream this does nothing
+            for name, w in ckpt.block(i):
+                new = cast(w, dtype, f"model.layers.{i}.{name}")
+                if stream:
+                    new = new.pin_memory()  # from other memory the GPU does not copy by itself
+                # a copy in any case: what is mapped is a part of the file, and pruning overwrites what it is given
+                state[name] = new.to(device, copy=new is w, non_blocking=True)
+        if stream:
+            stream.synchronize()  # this thread waits, the caller goes on with its own block
+        block.load_state_dict(state, assign=True)
+        return block
+
+    if start == config.num_hidden_layers:  # a run was killed after its last block
+        return
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(read, start)
+        for i in range(start, config.num_hidden_layers):
+            block = ahead.result()
+            if stream:  # the block before this one is freed now: first its kernels end, some of which are only queued
+                torch.cuda.current_stream().synchronize()
+            if i + 1 < config.num_hidden_layers:
+                ahead = thread.submit(read, i + 1)
+            yield block
 
 
 def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> None:

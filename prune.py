@@ -27,8 +27,8 @@ is always the M weights of a group; otherwise:
 
 Statistics, scores and Hessians are float32, whatever the model's dtype.
 
-A model on disk is never loaded as a whole. One block at a time is in memory, and each finished one is written to
-OUT.partial. When a run is killed, the same command goes on at its first unfinished block and ends with the same bytes.
+A model on disk is never loaded as a whole. One block is in memory and the next is being read, and each finished one is
+written to OUT.partial. When a run is killed, the same command goes on at its first unfinished block and ends with the same bytes.
 
 What differs from the official codes (Wanda 8e8fc87, SparseGPT 147d215, DSnoT 4c029df): exactly the number of weights
 that was asked for is removed, by rank. Their threshold, `<= sorted[k]`, removes one more, and all that tie with it.
@@ -55,7 +55,6 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
-    cast,
     check_out,
     digest,
     lock,
@@ -76,12 +75,14 @@ from model import (
     Parser,
     add_device,
     check_device,
+    check_dtype,
     cli,
     common_dtype,
     count_zeros,
     number,
     open_llama,
     rope_tables,
+    stream_blocks,
 )
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -343,8 +344,9 @@ def batch_size(config: LlamaConfig, tokens: Tensor, device: torch.device | str) 
         return max(1, 2048 // T)
     hidden, mlp = config.hidden_size, config.intermediate_size
     # In bytes, as if all were float32: the activations of all sequences; the largest Hessian three times (while
-    # `cholesky_factor` works, its copy and the factor stand beside it), the three others once, and the block.
-    fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 4 * hidden**2 + 3 * hidden * mlp)
+    # `cholesky_factor` works, its copy and the factor stand beside it), the three others once, and two blocks.
+    block = 4 * hidden**2 + 3 * hidden * mlp
+    fixed = 4 * tokens.numel() * hidden + 4 * (3 * mlp**2 + 3 * hidden**2 + 2 * block)
     each = 4 * T * (8 * hidden + 6 * mlp)  # what a sequence keeps alive in a block, and float32 copies
     memory = torch.cuda.get_device_properties(device).total_memory
     return min(sequences, max(1, int(0.9 * memory - fixed) // each))
@@ -581,37 +583,24 @@ def prune_checkpoint(
         x = state["x"].to(device, copy=True)  # a copy: the file is only mapped, and x is overwritten
     else:
         start, report = 0, []
-        if dtype != torch.float32:  # which takes every weight
-            for name, w in ckpt.items():  # here, and not in the middle of the walk
-                cast(w, dtype, name)
+        check_dtype(ckpt, dtype)
         x = ckpt["model.embed_tokens.weight"][tokens].to(device, dtype)  # (sequences, T, hidden_size)
 
     # --- the walk, as in prune_model
     tables = rope_tables(config, torch.arange(tokens.shape[1], device=device), x.dtype)
     batch = batch_size(config, tokens, device)
-    blocks = range(start, config.num_hidden_layers)
-    for i in tqdm(blocks, initial=start, total=len(blocks) + start, desc="pruning", unit="block", disable=None):
-        block = load_block(ckpt, config, i, device, dtype)
+    blocks = stream_blocks(ckpt, config, device, dtype, start)
+    bar = tqdm(blocks, "pruning", config.num_hidden_layers, initial=start, unit="block", disable=None)
+    for i, block in enumerate(bar, start):
         report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
         # First the block, then the inputs of the next: a run killed in between prunes this block once more.
         with atomic(shard_file(work, i, config)) as tmp:
             write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
-        del block  # before the next is loaded
         with atomic(work / f"inputs-{i + 1:05}.pt") as tmp:
             save_torch({"block": i + 1, "x": x, "report": report}, tmp)
         (work / f"inputs-{i:05}.pt").unlink(missing_ok=True)
     finish(work, out, ckpt, config, entry, report, dtype)
     return report
-
-
-def load_block(ckpt: Checkpoint, config: LlamaConfig, i: int, device: torch.device | str, dtype: torch.dtype) -> Block:
-    """Block i on the device, the only one in memory."""
-    with torch.device("meta"):
-        block = Block(config)
-    state = {name: cast(w, dtype, f"layers.{i}.{name}") for name, w in ckpt.block(i).items()}
-    # a copy: pruning overwrites it, and a file of before PyTorch 1.6 is kept in memory
-    block.load_state_dict({name: w.to(device, copy=True) for name, w in state.items()}, assign=True)
-    return block
 
 
 def shard_file(work: Path, i: int, config: LlamaConfig) -> Path:

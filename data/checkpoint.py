@@ -313,10 +313,13 @@ class Checkpoint(Mapping):
         new.history = [*self.history, entry]
         return new
 
-    def block(self, i: int) -> dict[str, Tensor]:
-        """The tensors of layer i, named from the block on: "self_attn.q_proj.weight"."""
+    def block(self, i: int) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of layer i one at a time, since a mapped one takes memory as soon as it is read; named from the
+        block on: "self_attn.q_proj.weight"."""
         prefix = f"model.layers.{i}."
-        return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
+        for name in self:
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), self[name]
 
     def fingerprint(self) -> str:
         """A hash of every name, shape, dtype and byte: the same in every layout.
