@@ -30,9 +30,17 @@ themselves (`branch_mask`):
     position     0  1  2 |  3  4 |  3  4  5
     branch       0  0  0 |  1  1 |  2  2  2
 
-What all documents of a file begin with (few-shot examples) is run once, and its keys and values serve every row. Rows
-are sorted by length and put into batches by their number of tokens. The output layer runs only on the positions that
-predict a target, and everything after it is float32.
+What all documents of a file begin with, few-shot examples, is one more row, whose keys and values serve all others.
+
+A LLaMA is a list of blocks, and two of them in memory are enough. Rows of like lengths make a batch, batches a chunk,
+as large as memory allows, and the chunk goes through one block after the other (`walk`):
+
+    for block in blocks:                 # read from disk, the next one while this one works
+        for batch in chunk:
+            batch.x = block(batch.x)     # hidden states stay, weights pass by
+
+So LLaMA-2-70B is scored on one GPU of 24 GB. No keys and values outlive their block. The output layer runs only on the
+positions that predict a target, and everything after it is float32. Each process walks with its share of the batches.
 
 Whether a beginning-of-sequence token (BOS) is put in front changes the numbers. lm-eval put none before LLaMA's
 contexts until 0.4.9.1, and neither did the paper; since 0.4.9.2 lm-eval does, and so does --add_bos. The results say
@@ -52,12 +60,15 @@ the model's dtype before it compares them; here they stay float32.
 import argparse
 import ast
 import dataclasses
+import functools
 import io
 import json
 import math
+import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +79,10 @@ from tqdm import tqdm
 
 from data.checkpoint import (
     VERSION,
+    Checkpoint,
     UserError,
     atomic,
+    cast,
     check_out,
     check_version,
     digest,
@@ -78,22 +91,27 @@ from data.checkpoint import (
     read_bytes,
     read_json,
     read_json_lines,
+    read_utf8,
     write_json,
 )
 from data.tokenizer import Tokenizer
 from model import (
+    Block,
     Llama,
+    LlamaConfig,
     Parser,
     add_device,
     check_device,
+    check_dtype,
     cli,
+    common_dtype,
     count_zeros,
     cut_into_batches,
     join_processes,
-    load,
     number,
     open_llama,
     rope_tables,
+    stream_blocks,
     tokenizer_of,
 )
 
@@ -118,82 +136,41 @@ AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stan
 
 @dataclasses.dataclass
 class Document:
-    """One question of a multiple-choice task, or one page of a rolling task."""
+    """One question of a multiple-choice task, or one page of a rolling task. The last four are set by `read_task`."""
 
     record: dict  # as lm-eval wrote it
     pairs: list[tuple[str, str | None]]  # (context, continuation) of each choice; of a rolling task one (text, None)
-    gold: set[int]  # indices of the right choices; an index that is no choice's is never right
-    delimiter: str = " "  # the white space that lm-eval puts before every choice of the task
+    rolling: bool = False  # whether it is a page, every token of which is predicted
+    page: str = ""  # its original text, whose words and bytes count; what is scored may be a cleaned form
+    mutual_info: bool = False  # whether each choice comes once more, after an empty context, for acc_mutual_info
+    choices: list[str] | None = None  # without the white space that lm-eval puts before every choice of the task
     mc2: bool = False  # whether acc is TruthfulQA's: how much of the probability the right choices have
-
-    @property
-    def rolling(self) -> bool:
-        return self.pairs[0][1] is None
-
-    @property
-    def mutual_info(self) -> bool:
-        """Whether every choice comes once more, after an empty context, for lm-eval's acc_mutual_info."""
-        wanted = self.record.get("metrics")  # since 0.4.7; what was computed stands in the record always
-        return "acc_mutual_info" in self.record or isinstance(wanted, list) and "acc_mutual_info" in wanted
-
-    @property
-    def n_choices(self) -> int:
-        return len(self.pairs) // 2 if self.mutual_info else len(self.pairs)
-
-    @property
-    def choices(self) -> list[str]:
-        """The choices without the delimiter."""
-        return [continuation.removeprefix(self.delimiter) for _, continuation in self.pairs[: self.n_choices]]
-
-    @property
-    def metrics(self) -> tuple[list[str], list[str]]:
-        """Of the metrics that the record names (all, where it names none): those computed here, and the others."""
-        computed = ["acc", "acc_norm", "acc_bytes"] + ["acc_mutual_info"] * self.mutual_info
-        if self.mc2:
-            computed = ["acc"]
-        if self.rolling:
-            computed = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
-        wanted = self.record.get("metrics")
-        if not isinstance(wanted, list):
-            return computed, []
-        return [m for m in computed if m in wanted], [str(m) for m in wanted if m not in computed]
-
-    @property
-    def page(self) -> str:
-        """The original text of a rolling task, whose words and bytes count; what is scored may be a cleaned form."""
-        return self.record["doc"].get("page", self.pairs[0][0])
+    gold: set[int] | None = None  # indices of the right choices; an index that is no choice's is never right
+    metrics: list[str] | None = None  # of those that the record names (all, where it names none) those computed here
 
 
 def read_task(path: str | Path) -> tuple[str, list[Document]]:
     """A samples file of lm-eval 0.4.0 to 0.4.13: (task name, documents). UserError names the line that is wrong."""
     path = Path(path)
-    records = read_records(path)
+    records = without_repeats(read_records(path))
     if not records:
         raise UserError(f"{path}: holds no sample")
-    documents, places, seen = [], [], {}
-    for where, record in records:
-        # A task with several filters logs each document once for each of them, with nothing else changed.
-        doc_id, logged_by = str(record.get("doc_id", where)), record.get("filter")
-        same = [record.get(key) for key in ("doc_hash", "doc", "arguments")]
-        before, filters = seen.setdefault(doc_id, (same, []))
-        if same != before or (logged_by is not None and logged_by in filters):
-            raise UserError(f"{where} has the doc_id {doc_id:.40} of another line: two files were put together")
-        if not filters:
-            documents.append(read_document(record, where))
-            places.append(where)
-        filters.append(logged_by)
-        first = documents[0]
-        kind = [(r["doc"].keys(), r.get("metrics")) for r in (record, first.record)]
-        if record is documents[-1].record and (kind[0] != kind[1] or documents[-1].rolling != first.rolling):
+    documents = [read_document(record, where) for where, record in records]
+    places = [where for where, _ in records]
+    kinds = [(d.rolling, d.record["doc"].keys(), d.record.get("metrics")) for d in documents]
+    for kind, where in zip(kinds, places, strict=True):
+        if kind != kinds[0]:
             raise UserError(f"{where} is of another task than the first; give each task a file of its own")
-    if documents[0].rolling and not any(document.page for document in documents):
-        raise UserError(f"{path}: holds no text")
     name = re.sub(r"_\d{4}-\d\d-\d\dT.*$", "", path.stem.removeprefix("samples_"))
     if not documents[0].rolling:
-        read_delimiter(documents)
-        read_gold(documents, places, is_mc2(name, documents, path))
-    computed, others = documents[0].metrics
-    if not computed:
+        strip_delimiter(documents)
+        set_mc2(name, documents, path)
+        read_gold(documents, places)
+    elif not any(document.page for document in documents):
+        raise UserError(f"{path}: holds no text")
+    for document in documents:
+        document.metrics, others = known_metrics(document)
+    if not document.metrics:
         raise UserError(f"{path}: is scored by {', '.join(others) or 'no metric'}, which is not computed here")
     for document, where in zip(documents, places, strict=True):
         check_logged(document, where)
@@ -209,14 +186,6 @@ def read_tasks(paths: list[str]) -> dict[str, list[Document]]:
             raise UserError(f"--tasks {path}: another file is of task {name} too")
         tasks[name] = documents
     return tasks
-
-
-def read_utf8(path: str | Path) -> str:
-    """The text of a file, its line ends as they are. UserError where it cannot be read."""
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
@@ -235,21 +204,44 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
     return places
 
 
+def without_repeats(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The records, but of a document that was logged for several filters only the first."""
+    kept, seen = [], {}
+    for where, record in records:
+        doc_id, logged_by = str(record.get("doc_id", where)), record.get("filter")
+        same = [record.get(key) for key in ("doc_hash", "doc", "arguments")]
+        before, filters = seen.setdefault(doc_id, (same, []))
+        # A task with several filters logs each document once for each of them, with nothing else changed.
+        if same != before or (logged_by is not None and logged_by in filters):
+            raise UserError(f"{where} has the doc_id {doc_id:.40} of another line: two files were put together")
+        if not filters:
+            kept.append((where, record))
+        filters.append(logged_by)
+    return kept
+
+
 def read_document(record: dict, where: str) -> Document:
-    """A Document from lm-eval's record, its right choices still to be read. UserError, beginning with `where`, for what
-    cannot be scored."""
-    document = Document(record, read_pairs(record["arguments"], where), set())
-    if document.rolling:
-        if not is_text(document.page):
+    """A Document from lm-eval's record; what only the whole file tells, `read_task` adds. UserError, beginning with
+    `where`, for what cannot be scored."""
+    pairs, doc = read_pairs(record["arguments"], where), record["doc"]
+    if pairs[0][1] is None:
+        page = doc.get("page", pairs[0][0])
+        if not is_text(page):
             raise UserError(f"{where}: its `page` is not a text")
-        return document
-    if document.mutual_info and len(document.pairs) % 2:
-        raise UserError(f"{where}: has {len(document.pairs)} contexts for acc_mutual_info, an odd number: one was lost")
-    listed = record["doc"].get("choices")  # where data sets keep them: a list, or {"text": [...], "label": [...]}
-    listed = listed.get("text") if isinstance(listed, dict) else listed
-    if isinstance(listed, list) and len(listed) > document.n_choices:
-        raise UserError(f"{where}: has {document.n_choices} choices, its document {len(listed)}: a choice was lost")
-    return document
+        return Document(record, pairs, rolling=True, page=page)
+    n, wanted = len(pairs), record.get("metrics")  # since 0.4.7; what was computed stands in the record always
+    mutual_info = "acc_mutual_info" in record or isinstance(wanted, list) and "acc_mutual_info" in wanted
+    if mutual_info:
+        if n % 2:
+            raise UserError(f"{where}: has {n} contexts for acc_mutual_info, an odd number: one was lost")
+        n //= 2
+    listed = doc.get("choices")  # where data sets keep them: a list, or {"text": [...], "label": [...]}
+    if isinstance(listed, dict):
+        listed = listed.get("text")
+    if isinstance(listed, list) and len(listed) > n:
+        raise UserError(f"{where}: has {n} choices, its document {len(listed)}: a choice was lost")
+    # Without the second half of acc_mutual_info, which some versions write without the delimiter
+    return Document(record, pairs, mutual_info=mutual_info, choices=[continuation for _, continuation in pairs[:n]])
 
 
 def read_pairs(arguments: Any, where: str) -> list[tuple[str, str | None]]:
@@ -280,64 +272,67 @@ def is_text(x: Any) -> bool:
     return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
 
 
-def read_delimiter(documents: list[Document]) -> None:
-    """Sets the delimiter of a task's choices: the white space that all of its continuations begin with."""
-    # without acc_mutual_info's second half, which some versions write without the delimiter
-    texts = [continuation for document in documents for _, continuation in document.pairs[: document.n_choices]]
-    blanks = [text[: len(text) - len(text.lstrip())] for text in texts]
+def strip_delimiter(documents: list[Document]) -> None:
+    """Takes the delimiter from a task's choices: the white space that all of them begin with."""
+    texts = [choice for document in documents for choice in document.choices]
+    n = common_prefix([text[: len(text) - len(text.lstrip())] for text in texts])
     for document in documents:
-        document.delimiter = blanks[0][: common_prefix(blanks)]
+        document.choices = [choice[n:] for choice in document.choices]
 
 
-def is_mc2(name: str, documents: list[Document], path: Path) -> bool:
-    """Whether a task is TruthfulQA's with several right choices. Its documents hold the choices of both its tasks, and
-    lm-eval logs the same target and metrics for both. UserError where neither the choices nor the name tell."""
-    lists = [[d.record["doc"].get(f"{kind}_targets") for d in documents] for kind in ("mc1", "mc2")]
-    mc1, mc2 = (
-        all(isinstance(x, dict) and x.get("choices") == d.choices for x, d in zip(targets, documents, strict=True))
-        for targets in lists
-    )
+def set_mc2(name: str, documents: list[Document], path: Path) -> None:
+    """Sees whether a task is TruthfulQA's with several right choices. Its documents hold the choices of both its tasks,
+    and lm-eval logs the same target and metrics for both. UserError where neither the choices nor the name tell."""
+
+    def fits(kind: str) -> bool:
+        lists = [document.record["doc"].get(f"{kind}_targets") for document in documents]
+        return all(isinstance(x, dict) and x.get("choices") == d.choices for x, d in zip(lists, documents, strict=True))
+
+    mc1, mc2 = fits("mc1"), fits("mc2")
     if mc2 and mc1 and "mc1" not in name and "mc2" not in name:
         raise UserError(f"{path}: is of truthfulqa_mc1 or of truthfulqa_mc2; name the file samples_TASK.jsonl")
     if "mc2" in name and not mc2:
         raise UserError(f"{path}: its acc is the share of the right choices, and its documents have no mc2_targets")
-    return mc2 and ("mc2" in name or not mc1)
+    for document in documents:
+        document.mc2 = mc2 and ("mc2" in name or not mc1)
 
 
-def read_gold(documents: list[Document], places: list[str], mc2: bool) -> None:
-    """Sets the right choices of a task's documents from their `target`, or where that does not hold them, from `doc`.
-
-    Since 0.4.4 `target` is text: "1" may be an index or a choice. Which of the two is decided for the whole file: where
-    every target is a whole number within its choices, they are indices, even if a choice has the same text.
-    """
-    targets = []  # of documents whose gold is to be read from it: (document, target, its place)
+def read_gold(documents: list[Document], places: list[str]) -> None:
+    """Sets the right choices of a task's documents: one convention after the other."""
+    by_target = []  # (document, its target), where `doc` does not tell
     for document, where in zip(documents, places, strict=True):
-        document.mc2 = mc2
         doc, choices = document.record["doc"], document.choices
-        if mc2:
+        contexts = {context for context, _ in document.pairs}
+        if document.mc2:
+            # TruthfulQA's mc2: a label for each choice, 1 where it is right.
             labels = doc["mc2_targets"].get("labels")
             if not isinstance(labels, list) or len(labels) != len(choices) or 1 not in labels:
                 raise UserError(f"{where}: its mc2_targets have no `labels` that name the right ones of its choices")
             document.gold = {i for i, label in enumerate(labels) if label == 1}
-        elif len({context for context, _ in document.pairs}) > 1 and len(set(choices)) == 1:
-            # WinoGrande: contexts differ, and target is what follows both
+        elif len(contexts) > 1 and len(set(choices)) == 1:
+            # WinoGrande: contexts differ, `target` is what follows both, and `answer` counts from 1.
             if str(doc.get("answer")) not in ("1", "2"):
                 raise UserError(f"{where}: contexts differ, and its document's `answer` is not 1 or 2")
             document.gold = {int(doc["answer"]) - 1}
         else:
-            targets.append((document, read_target(document, where)))
+            by_target.append((document, read_target(document, where)))
 
-    texts = [(document.choices, target) for document, target in targets if isinstance(target, str)]
+    # Since 0.4.4 `target` is text, and "1" may be an index or a choice. The whole file decides which.
+    texts = [(document.choices, target) for document, target in by_target if isinstance(target, str)]
     numbers = all(re.fullmatch(r"-?[0-9]{1,9}", target) for _, target in texts)
-    within = numbers and all(0 <= int(target) < len(choices) for choices, target in texts)
     found = [target in choices for choices, target in texts]
-    booleans = all(target in ("True", "False") and len(choices) == 2 for choices, target in texts)
-    for document, target in targets:
-        if isinstance(target, str) and (within or (numbers and not any(found))):
+    # Whole numbers, each within its choices, are indices, even if a choice has the same text,
+    indices = numbers and all(0 <= int(target) < len(choices) for choices, target in texts)
+    # and so are numbers that are no choice anywhere: some are out of range, and never right.
+    indices = indices or (numbers and not any(found))
+    # True and False are indices of two choices, unless these are called so.
+    booleans = all(target in ("True", "False") and len(choices) == 2 for choices, target in texts) and not all(found)
+    for document, target in by_target:
+        if isinstance(target, str) and indices:
             target = int(target)
-        if isinstance(target, str) and booleans and not all(found):  # no choices are called True and False
+        elif isinstance(target, str) and booleans:
             target = int(target == "True")
-        wanted = target if isinstance(target, list) else [target]
+        wanted = target if isinstance(target, list) else [target]  # of a list, any is right
         document.gold = {x if isinstance(x, int) else index_of(x, document.choices) for x in wanted}
 
 
@@ -363,6 +358,21 @@ def index_of(text: str, choices: list[str]) -> int:
     return choices.index(text) if text in choices else -100
 
 
+def known_metrics(document: Document) -> tuple[list[str], list[str]]:
+    """Of the metrics that a record names (all, where it names none): those that are computed here, and the others."""
+    computed = ["acc", "acc_norm", "acc_bytes"]
+    if document.rolling:
+        computed = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+    elif document.mc2:
+        computed = ["acc"]
+    elif document.mutual_info:
+        computed.append("acc_mutual_info")
+    wanted = document.record.get("metrics")
+    if not isinstance(wanted, list):  # until 0.4.6
+        return computed, []
+    return [m for m in computed if m in wanted], [str(m) for m in wanted if m not in computed]
+
+
 def check_logged(document: Document, where: str) -> None:
     """UserError where a document's logged acc does not follow from the scores logged with it: then the task is scored
     by a rule of its own, or its right choices are others than those read here."""
@@ -380,7 +390,36 @@ def check_logged(document: Document, where: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tokenise: one row for each document
+# read: texts
+
+
+def read_text(path: str | Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in front.
+    UserError where it cannot be read."""
+    lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
+    rows = [line if line.strip() else "" for line in lines]
+    # not special: the "<unk>" of WikiText's tokenised form is text, as it was for whoever cut it into words
+    return [bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows), special=False)]
+
+
+def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str, list[int]]:
+    """{name: tokens} of several texts, the name is the file's without its suffix. UserError where two have the same,
+    or one is shorter than a window of seqlen tokens."""
+    texts = {}
+    for path in paths:
+        name, tokens = Path(path).stem, read_text(path, tokenizer)
+        if name in texts:
+            raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
+        if len(tokens) == 1:
+            raise UserError(f"--ppl {path}: is empty")
+        if len(tokens) < seqlen:
+            raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
+        texts[name] = tokens
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenise: a row for each document, rows of a part
 
 # What the model is asked, lm-eval's word: input tokens, and the targets that the last len(targets) of them predict.
 Request = tuple[list[int], list[int]]
@@ -469,17 +508,324 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
     return row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# score: rows in batches, batches over processes
-
-
 Score = tuple[float, bool]  # of a choice: log p(targets | input) in nats; whether each target is the likeliest token
-Cache = list[list[Tensor]]  # of each layer: keys and values (B, key-value heads, tokens, head_dim), see `Llama.hidden`
+
+
+@dataclasses.dataclass
+class Part:
+    """A task or a text, as rows."""
+
+    prefix: Row | None  # what all rows begin with, and are without, where they share it
+    rows: list[Row]
+    document: list[int]  # of each row; a page and a text have a row for each window
+    scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> of each choice, as they come
+    key: str = ""  # the digest of all that the scores depend on
+
+    def past(self) -> int:
+        """How many tokens of the prefix are left of each row."""
+        return len(self.prefix.tokens) if self.prefix else 0
+
+
+def pack(requests: list[list[Request]], document: list[int], share: bool = True) -> Part:
+    """A part from the requests of each of its rows. share=False: see `pack_document`."""
+    skip, prefix = 0, None
+    if share:
+        skip = shared_prefix(requests)
+    if skip:
+        tokens, _ = requests[0][0]
+        prefix = Row(tokens[:skip], list(range(skip)), [0] * skip, [], [])
+    return Part(prefix, [pack_document(choices, share, skip) for choices in requests], document)
+
+
+def encode_task(
+    documents: list[Document], tokenizer: Tokenizer, add_bos: bool, max_len: int, share: bool = True
+) -> Part:
+    """A task as a part: a row for each document, or for each window of a page."""
+    requests, numbers = [], []
+    for i, document in enumerate(documents):
+        if document.rolling:
+            tokens = tokenizer.encode(document.pairs[0][0])
+            if add_bos and tokens[:1] != [bos_id(tokenizer)]:
+                tokens = [bos_id(tokenizer), *tokens]  # lm-eval predicts the added BOS too
+            rows = [[window] for window in rolling_windows(tokens, bos_id(tokenizer), max_len)]
+        else:
+            rows = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in document.pairs]]
+        requests += rows
+        numbers += [i] * len(rows)
+    return pack(requests, numbers, share)
+
+
+def encode_text(tokens: list[int], seqlen: int) -> Part:
+    """A text as a part: of each window of seqlen tokens all but the first are targets, without a context."""
+    windows = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)]
+    return pack([[(window[:-1], window[1:])] for window in windows], [0] * len(windows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model: blocks that pass by, and the little that stays
+
+
+# Blocks that have no more bytes together stay in memory after their first walk: the model is read once.
+STAY = 2**30
+
+
+class Blocks(nn.Module):
+    """A checkpoint's blocks where a Llama has its list of them. Each walk streams them anew, unless they stay."""
+
+    def __init__(
+        self, ckpt: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype, semi_structured: bool
+    ):
+        super().__init__()
+        self.stream = functools.partial(stream_blocks, ckpt, config, device, dtype)
+        self.semi_structured = semi_structured
+        with torch.device("meta"):
+            block = sum(p.numel() for p in Block(config).parameters()) * dtype.itemsize  # bytes
+        self.stay = block * config.num_hidden_layers <= STAY
+        self.nbytes = block * (config.num_hidden_layers if self.stay else 2)  # of those in memory at the same time
+        self.kept = []
+        self.sparsity = None  # the share of zeros in the linears, once a walk has seen them all
+
+    def __iter__(self) -> Iterator[Block]:
+        if self.kept:
+            yield from self.kept
+            return
+        kept, zeros, size = [], 0, 0
+        for i, block in enumerate(self.stream()):
+            for linear in linears_of(block).values():
+                zeros += count_zeros(linear.weight)
+                size += linear.weight.numel()
+            if self.semi_structured:
+                to_semi_structured(block, f"layers.{i}")
+            if self.stay:
+                kept.append(block)
+            yield block
+        self.kept, self.sparsity = kept, zeros / size
+
+
+def open_model(
+    ckpt: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype, semi_structured: bool = False
+) -> Llama:
+    """A Llama whose blocks are read when they are walked. The last norm and lm_head are on the device; the embeddings
+    stay in host memory, of which a chunk's tokens look up a few rows."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.model["layers"] = Blocks(ckpt, config, device, dtype, semi_structured)
+    rest = {name: cast(ckpt[name], dtype, name) for name in ckpt if not name.startswith("model.layers.")}
+    embeddings = rest["model.embed_tokens.weight"]
+    head = rest.get("lm_head.weight", embeddings)  # absent where it is tied
+    model.model.embed_tokens.weight = nn.Parameter(embeddings, False)
+    model.model.norm.weight = nn.Parameter(rest["model.norm.weight"].to(device), False)
+    model.lm_head.weight = nn.Parameter(head.to(device), False)
+    return model
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_semi_structured(device: str, dtype: torch.dtype) -> None:
+    """UserError where the device has no sparse matrix units, or they do not take the dtype."""
+    if device != "cuda" or torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("--semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UserError("--semi_structured: needs --dtype float16 or bfloat16")
+
+
+def to_semi_structured(block: nn.Module, where: str) -> None:
+    """Runs a block's 2:4 linears on the GPU's sparse matrix units. UserError for one that cannot be converted."""
+    for name, linear in linears_of(block).items():
+        if linear.in_features % 4 or (linear.weight.view(-1, 4) != 0).sum(1).max() > 2:
+            raise UserError(f"--semi_structured: {where}.{name} is not 2:4 (a group of 4 has more than 2 non-zeros)")
+        try:
+            sparse = torch.sparse.to_sparse_semi_structured(linear.weight.data)
+        except RuntimeError as e:  # rows or columns that are no multiple of what the units take
+            raise UserError(f"--semi_structured: {where}.{name}: {e}") from None
+        linear.weight = nn.Parameter(sparse, False)
+        # cuSPARSELt writes a transposed output, from which attention's fast kernels turn away
+        linear.register_forward_hook(lambda module, args, y: y.contiguous())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# score: rows in batches, batches in chunks, chunks through the blocks
+
+
+Rows = tuple[Part, list[int]]  # the rows of a batch, by their numbers in a part
+
+# Tokens of a chunk at most. On a GPU the work on a block then takes seconds, longer than a disk takes for the next one;
+# and on either a run that is killed has lost minutes.
+CHUNK = {"cpu": 2**15, "cuda": 2**19}
+LOGITS = 1024  # targets whose logits are in memory at once: of 32,000 words 131 MB
+
+
+def score(
+    model: Llama,
+    parts: list[Part],
+    max_tokens: int = 8192,
+    save: Callable[[list[Rows]], Any] = lambda chunk: None,
+    bar: bool = False,
+) -> None:
+    """Scores the rows of the parts that have no scores yet; under torchrun this process's share of them.
+
+    max_tokens: of a batch at most, padding and prefix counted. save: called with each chunk that is done. bar: whether
+    to show one. UserError where a score is not finite, and where a block does not fit the device.
+    """
+    rank, world = rank_and_world()
+    batches = cut_rows(parts, max_tokens)[rank::world]
+    chunks, home = cut_batches(model, batches)
+    n_rows, total = 0, sum(len(numbers) for _, numbers in batches)
+    quiet = None if bar and rank == 0 else True  # None: a bar where stderr is a terminal
+    steps = len(chunks) * model.config.num_hidden_layers
+    with tqdm(desc="scoring", total=steps, unit="block", disable=quiet) as progress:
+        for chunk in chunks:
+            progress.set_postfix(documents=f"{n_rows:,} of {total:,}")
+            walk(model, chunk, home, progress.update)
+            save(chunk)
+            n_rows += sum(len(numbers) for _, numbers in chunk)
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are: (0, 1) unless torchrun started them."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def cut_rows(parts: list[Part], max_tokens: int) -> list[Rows]:
+    """Batches of the rows that have no scores yet.
+
+    Nothing in a batch depends on who runs it and when, so results do not depend on the number of processes, on memory,
+    or on whether a run was interrupted.
+    """
+    batches = []
+    for part in parts:
+        todo = [i for i in range(len(part.rows)) if i not in part.scores]
+        # The prefix counts for each row: in attention its keys and values stand beside the row's own.
+        lengths = [part.past() + len(part.rows[i].tokens) for i in todo]
+        batches += [(part, [todo[k] for k in batch]) for batch in cut_into_batches(lengths, max_tokens)]
+    return batches
+
+
+def cut_batches(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], torch.device]:
+    """Chunks of batches, as large as memory allows, and where hidden states wait: on the device, or in host memory if
+    that has more room. UserError where not even a block and a batch fit the device."""
+    weight, blocks = model.lm_head.weight, model.model.layers
+    needs = [batch_bytes(model.config, weight.dtype, part, numbers) for part, numbers in batches]
+    largest = [max(sizes) for sizes in zip(*needs, strict=True)] or [0, 0]
+    fixed = getattr(blocks, "nbytes", 0) + largest[1]  # a model that is in memory has its blocks already
+    free, home = free_memory(weight.device), weight.device
+    if fixed + largest[0] > free:
+        raise UserError(
+            f"--device {home.type}: blocks and a batch take {(fixed + largest[0]) / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free; what helps: a smaller --max_tokens, --dtype bfloat16, --device cpu"
+        )
+    room, host = free - fixed, free_memory(torch.device("cpu")) // 2  # the other half is for what is read
+    if room < min(host, sum(waiting for waiting, _ in needs)):
+        room, home = host, torch.device("cpu")
+
+    # Where each walk reads the model anew, parts share it. Where the model stays, nothing is lost by saving each.
+    shared = isinstance(blocks, Blocks) and not blocks.stay
+    chunks, n_tokens, n_bytes = [], 0, 0
+    for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
+        n_tokens += sum(len(part.rows[i].tokens) for i in numbers)
+        n_bytes += waiting
+        full = n_tokens > CHUNK[weight.device.type] or n_bytes > room
+        if full or not chunks or not (shared or chunks[-1][0][0] is part):
+            chunks.append([])
+            n_tokens, n_bytes = sum(len(part.rows[i].tokens) for i in numbers), waiting
+        chunks[-1].append((part, numbers))
+    return chunks, home
+
+
+def batch_bytes(config: LlamaConfig, dtype: torch.dtype, part: Part, numbers: list[int]) -> tuple[int, int]:
+    """Bytes of a batch: while it waits for a block, and at most while it is in one, or its targets are scored."""
+    S, past = max(len(part.rows[i].tokens) for i in numbers), part.past()
+    state = config.hidden_size + 2 * config.head_dim  # x, cos, sin
+    waiting = len(numbers) * S * (state * dtype.itemsize + past + S)  # a byte of the mask for each key
+    # What a token keeps alive in a block, as if all were float32
+    working = len(numbers) * (past + S) * 4 * (8 * config.hidden_size + 6 * config.intermediate_size)
+    return waiting, max(working, 3 * 4 * LOGITS * config.vocab_size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows of one part on their way through the blocks, padded to the longest."""
+
+    rows: list[Row]
+    x: Tensor  # (B, S, hidden_size): hidden states
+    cos: Tensor  # (B, 1, S, head_dim), the same for every head
+    sin: Tensor
+    mask: Tensor | None  # (B, 1, S, past + S), see `branch_mask`; None: causal
+
+
+@torch.no_grad()
+def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[], Any]) -> None:
+    """Scores a chunk of batches. All of them go through a block before the next block comes.
+
+    home: where hidden states wait for their turn. tick: called after each block. UserError, which names the layer,
+    where something is not finite.
+    """
+    device = model.lm_head.weight.device
+    groups = []  # (part, the batch of its prefix or None, the batches of its rows)
+    for part, numbers in chunk:
+        if not groups or groups[-1][0] is not part:
+            prefix = embed(model, [part.prefix], 0, home) if part.prefix else None
+            groups.append((part, prefix, []))
+        groups[-1][2].append(embed(model, [part.rows[i] for i in numbers], part.past(), home))
+
+    for i, block in enumerate(model.model.layers):
+        for _, prefix, batches in groups:
+            shared = []  # the prefix's keys and values in this block, which the next part's replace
+            if prefix:
+                run_block(block, i, prefix, device, shared)
+            for batch in batches:
+                run_block(block, i, batch, device, list(shared) or None)  # a copy: the batch adds its own
+        tick()
+
+    after = [batch for _, _, batches in groups for batch in batches]
+    for (part, numbers), batch in zip(chunk, after, strict=True):
+        part.scores.update(zip(numbers, score_batch(model, batch, device), strict=True))
+
+
+def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: list[Tensor] | None) -> None:
+    """Takes a batch through block i. cache: keys and values of what it follows, to which its own are added."""
+    mask = batch.mask
+    if mask is not None:
+        mask = mask.to(device)
+    x = block(batch.x.to(device), batch.cos.to(device), batch.sin.to(device), mask, cache)
+    check_finite(x, f"the output of layers.{i}")
+    batch.x = x.to(batch.x.device)
+
+
+def embed(model: Llama, rows: list[Row], past: int, home: torch.device) -> Batch:
+    """A batch before its first block. past: tokens of the prefix, left of it. home: where it waits."""
+    S = max(len(row.tokens) for row in rows)
+
+    def padded(lists: list[list[int]]) -> Tensor:
+        """(B, S): rows filled up with what they begin with, so that what is not finite is never the padding's."""
+        return torch.tensor([values + values[:1] * (S - len(values)) for values in lists])
+
+    device, table = model.lm_head.weight.device, model.model.embed_tokens.weight
+    x = table[padded([row.tokens for row in rows]).to(table.device)].to(device)  # (B, S, hidden_size)
+    check_finite(x, "embed_tokens")
+    cos, sin = rope_tables(model.config, padded([row.positions for row in rows]).to(device), x.dtype)
+    mask = None  # one choice a row, or none: causal attention, for which the hardware has faster kernels
+    if past or any(len(row.targets) > 1 for row in rows):
+        branch = [row.branch + [-1] * (S - len(row.branch)) for row in rows]  # -1: no choice sees the padding
+        mask = branch_mask(torch.tensor(branch, device=device), past).to(home)
+    return Batch(rows, x.to(home), cos[:, None].to(home), sin[:, None].to(home), mask)
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    """UserError where hidden states or logits hold NaN or Inf: neither leaves a sum finite, and a sum makes no copy."""
+    if not x.sum(dtype=torch.float32).isfinite():
+        hint = "; try --dtype bfloat16 or float32" if x.dtype == torch.float16 else ""
+        raise UserError(f"no log-likelihood is finite: {where} has NaN or Inf{hint}")
 
 
 def branch_mask(branch: Tensor, past: int) -> Tensor:
@@ -503,110 +849,40 @@ def branch_mask(branch: Tensor, past: int) -> Tensor:
     return torch.cat([mask.new_ones(*mask.shape[:3], past), mask], -1)
 
 
-def score_targets(
-    model: Llama, x: Tensor, logit_index: list[int], targets: list[int]
-) -> tuple[list[float], list[bool]]:
-    """log p of each target, predicted from the hidden state x[logit_index], and whether it is the likeliest token.
-
-    x: (N, hidden_size). 1,024 targets at a time, since logits are large; a position that predicts for several choices
-    (the last of the trunk) is computed once for all of them.
-    """
-    log_p, likeliest = [], []
-    for start in range(0, len(targets), 1024):
-        part = torch.tensor(targets[start : start + 1024], device=x.device)  # (n,)
-        places = torch.tensor(logit_index[start : start + 1024], device=x.device)  # (n,)
-        places, inverse = places.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
-        logits = model.lm_head(x[places]).float()  # (u, vocab_size)
-        log_p += (logits[inverse, part] - logits.logsumexp(-1)[inverse]).tolist()
-        likeliest += (logits.argmax(-1)[inverse] == part).tolist()
-    return log_p, likeliest
-
-
-@torch.no_grad()
-def score_batch(model: Llama, rows: list[Row], prefix: Cache | None) -> list[list[Score]]:
-    """The score of each choice of each row. prefix: keys and values of the tokens that all rows begin with."""
-    device = model.lm_head.weight.device
-    S = max(len(row.tokens) for row in rows)
-
-    def padded(lists: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([values + [fill] * (S - len(values)) for values in lists], device=device)  # (B, S)
-
-    tokens = padded([row.tokens for row in rows], 0)
-    positions = padded([row.positions for row in rows], 0)
-    branch = padded([row.branch for row in rows], -1)  # so that no choice sees the padding
-    past = prefix[0][0].shape[2] if prefix else 0
-    cache = [list(layer) for layer in prefix] if prefix else None  # a copy of the lists: hidden adds this batch's own
-    mask = branch_mask(branch, past)
-    if not prefix and all(len(row.targets) == 1 for row in rows):
-        mask = None  # one choice a row: causal attention, for which the hardware has faster kernels
-    x = model.hidden(tokens, positions, mask, cache)  # (B, S, hidden_size)
-
-    logit_index, targets, choices = [], [], []  # of each target in the batch: where it is predicted, it, (row, choice)
-    for b, row in enumerate(rows):
+def score_batch(model: Llama, batch: Batch, device: torch.device) -> list[list[Score]]:
+    """The score of each choice of each row, from the hidden states after the last block."""
+    S = batch.x.shape[1]
+    places, targets, choices = [], [], []  # of each target in the batch: where it is predicted, it, (row, choice)
+    for b, row in enumerate(batch.rows):
         for k in range(len(row.targets)):
-            logit_index += [b * S + i for i in row.logit_index[k]]
+            places += [b * S + i for i in row.logit_index[k]]
             targets += row.targets[k]
             choices += [(b, k)] * len(row.targets[k])
-    log_p, likeliest = score_targets(model, x.flatten(0, 1), logit_index, targets)
-    scores = [[(0.0, True)] * len(row.targets) for row in rows]
+    log_p, likeliest = score_targets(model, batch.x.to(device).flatten(0, 1), places, targets)
+    scores = [[(0.0, True)] * len(row.targets) for row in batch.rows]
     for (b, k), value, hit in zip(choices, log_p, likeliest, strict=True):
         total, greedy = scores[b][k]
         scores[b][k] = (total + value, greedy and hit)
     return scores
 
 
-@torch.no_grad()
-def score(
-    model: Llama,
-    requests: list[list[Request]],
-    max_tokens: int,
-    share: bool,
-    name: str | None = None,
-) -> tuple[list[list[Score]], int]:
-    """The score of each choice of each document, and how many tokens were run for them (without padding).
+def score_targets(
+    model: Llama, x: Tensor, logit_index: list[int], targets: list[int]
+) -> tuple[list[float], list[bool]]:
+    """log p of each target, predicted from the hidden state x[logit_index], and whether it is the likeliest token.
 
-    requests: those of each document's choices. name: shows a bar of this name. Under torchrun each process takes its
-    share of the batches. A batch is the same whoever runs it, so that results do not depend on the number of processes.
-    UserError where a score is not finite.
+    x: (N, hidden_size). A position that predicts for several choices (the last of the trunk) is computed once for all.
     """
-    skip = shared_prefix(requests) if share else 0
-    prefix = None
-    if skip:
-        tokens, _ = requests[0][0]
-        prefix = [[] for _ in model.model.layers]
-        model.hidden(torch.tensor([tokens[:skip]], device=model.lm_head.weight.device), cache=prefix)
-    rows = [pack_document(choices, share, skip) for choices in requests]
-    rank, world = rank_and_world()
-    scores = {}
-    parts = cut_into_batches([len(row.tokens) for row in rows], max_tokens)[rank::world]
-    quiet = None if name and rank == 0 else True  # None: a bar where stderr is a terminal
-    for part in tqdm(parts, desc=name, unit="batch", disable=quiet):
-        for i, s in zip(part, score_batch(model, [rows[i] for i in part], prefix), strict=True):
-            scores[i] = s
-        if not all(math.isfinite(value) for i in part for value, _ in scores[i]):
-            break  # not an error yet: it must reach the other processes, which wait below
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, scores)
-        scores = {i: s for part in gathered for i, s in part.items()}
-    bad = [(i, k) for i, s in scores.items() for k, (value, _) in enumerate(s) if not math.isfinite(value)]
-    if bad:
-        i, k = min(bad)
-        raise UserError(f"a log-likelihood is not finite: {first_bad_layer(model, requests[i][k][0])}")
-    return [scores[i] for i in range(len(rows))], skip + sum(len(row.tokens) for row in rows)
-
-
-def first_bad_layer(model: Llama, tokens: list[int]) -> str:
-    """Names the first layer whose output for these tokens has NaN or Inf."""
-    x = model.model.embed_tokens(torch.tensor([tokens], device=model.lm_head.weight.device))  # (1, T, hidden_size)
-    tables = rope_tables(model.config, torch.arange(len(tokens), device=x.device), x.dtype)
-    if not x.isfinite().all():
-        return "embed_tokens has NaN or Inf"
-    for i, block in enumerate(model.model.layers):
-        x = block(x, *tables)
-        if not x.isfinite().all():
-            return f"the output of layers.{i} has NaN or Inf"
-    return "the logits of lm_head have NaN or Inf"
+    log_p, likeliest = [], []
+    for start in range(0, len(targets), LOGITS):
+        part = torch.tensor(targets[start : start + LOGITS], device=x.device)  # (n,)
+        places = torch.tensor(logit_index[start : start + LOGITS], device=x.device)  # (n,)
+        places, inverse = places.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
+        logits = model.lm_head(model.model.norm(x[places])).float()  # (u, vocab_size)
+        check_finite(logits, "what lm_head returns")
+        log_p += (logits[inverse, part] - logits.logsumexp(-1)[inverse]).tolist()
+        likeliest += (logits.argmax(-1)[inverse] == part).tolist()
+    return log_p, likeliest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -619,13 +895,12 @@ def argmax(values: list[float]) -> int:
 
 
 def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
-    """Those of lm-eval's metrics of one document that its record names: each 0.0 or 1.0, but for mc2."""
-    n, texts = document.n_choices, document.choices
-    values = [value for value, _ in scores]
-    conditional, unconditional = values[:n], values[n:]
+    """The metrics of one document: each 0.0 or 1.0, but for mc2."""
+    values, texts, n = [value for value, _ in scores], document.choices, len(document.choices)
     if document.mc2:
         p = [math.exp(value - max(values)) for value in values]  # so that long choices do not all become 0
         return {"acc": sum(p[i] for i in document.gold) / sum(p)}
+    conditional, unconditional = values[:n], values[n:]
     chosen = {
         "acc": argmax(conditional),
         "acc_norm": argmax([v / max(1, len(text)) for v, text in zip(conditional, texts, strict=True)]),
@@ -633,8 +908,7 @@ def document_metrics(document: Document, scores: list[Score]) -> dict[str, float
     }
     if document.mutual_info:
         chosen["acc_mutual_info"] = argmax([a - b for a, b in zip(conditional, unconditional, strict=True)])
-    computed, _ = document.metrics
-    return {metric: float(chosen[metric] in document.gold) for metric in computed}
+    return {metric: float(chosen[metric] in document.gold) for metric in document.metrics}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
@@ -670,6 +944,29 @@ def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
     }
 
 
+def task_results(documents: list[Document], part: Part) -> tuple[dict, list[list[Score]]]:
+    """A task's results, and the scores of each document's choices (of a page its one score)."""
+    if documents[0].rolling:
+        log_p = [0.0] * len(documents)
+        for row, i in enumerate(part.document):
+            log_p[i] += part.scores[row][0][0]
+        result, scores = rolling_metrics(documents, log_p), [[(value, False)] for value in log_p]
+    else:
+        scores = [part.scores[row] for row in range(len(documents))]
+        result = summarise([document_metrics(d, s) for d, s in zip(documents, scores, strict=True)])
+    result["tokens"] = part.past() + sum(len(row.tokens) for row in part.rows)  # that were run, without padding
+    return result, scores
+
+
+def text_results(part: Part, seqlen: int) -> dict:
+    """Wanda's perplexity of a text in windows of seqlen tokens. UserError where it is more than a float can hold."""
+    n = len(part.rows)
+    mean = -sum(part.scores[row][0][0] for row in range(n)) / (n * (seqlen - 1))  # nats a token
+    if mean > 709:  # e^709.8 is the largest float
+        raise UserError(f"the mean loss is {mean:.0f} nats a token: its perplexity is more than a float can hold")
+    return {"ppl": math.exp(mean), "seqlen": seqlen, "tokens": n * seqlen}
+
+
 def aggregates(results: dict[str, dict]) -> dict[str, dict]:
     """The paper's average of seven tasks, and MMLU over its subjects: weighted by size as lm-eval does, and unweighted.
 
@@ -691,10 +988,6 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a task, from documents to results
-
-
 def run_task(
     model: Llama,
     tokenizer: Tokenizer,
@@ -702,112 +995,11 @@ def run_task(
     add_bos: bool = False,
     max_tokens: int = 8192,
     share: bool = True,
-    name: str | None = None,
 ) -> tuple[dict, list[list[Score]]]:
-    """Scores a task. Returns its results and the scores of each document's choices.
-
-    max_tokens: of a batch at most, padding counted. share=False: every choice runs with its own context. name: shows
-    a bar of this name.
-    """
-    if documents[0].rolling:
-        return run_rolling(model, tokenizer, documents, add_bos, max_tokens, name)
-    max_len = model.config.max_position_embeddings
-    requests = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in d.pairs] for d in documents]
-    scores, n_tokens = score(model, requests, max_tokens, share, name)
-    metrics = [document_metrics(d, s) for d, s in zip(documents, scores, strict=True)]
-    return {**summarise(metrics), "tokens": n_tokens}, scores
-
-
-def run_rolling(
-    model: Llama, tokenizer: Tokenizer, documents: list[Document], add_bos: bool, max_tokens: int, name: str | None
-) -> tuple[dict, list[list[Score]]]:
-    """Scores a rolling task: `run_task` for documents that are whole texts."""
-    bos = bos_id(tokenizer)
-    windows = []
-    for d in documents:
-        tokens = tokenizer.encode(d.pairs[0][0])
-        if add_bos and tokens[:1] != [bos]:
-            tokens = [bos, *tokens]  # lm-eval predicts the added BOS too
-        windows.append(rolling_windows(tokens, bos, model.config.max_position_embeddings))
-    scores, n_tokens = score(model, [[window] for ws in windows for window in ws], max_tokens, False, name)
-    log_p, start = [], 0
-    for ws in windows:  # back from windows to documents
-        log_p.append(sum(choices[0][0] for choices in scores[start : start + len(ws)]))
-        start += len(ws)
-    return {**rolling_metrics(documents, log_p), "tokens": n_tokens}, [[(value, False)] for value in log_p]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# perplexity: Wanda's
-
-
-def read_text(path: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a text, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in front.
-    UserError where it cannot be read."""
-    lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
-    rows = [line if line.strip() else "" for line in lines]
-    # not special: the "<unk>" of WikiText's tokenised form is text, as it was for whoever cut it into words
-    return [bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows), special=False)]
-
-
-def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str, list[int]]:
-    """{name: tokens} of several texts, the name is the file's without its suffix. UserError where two have the same,
-    or one is shorter than a window of seqlen tokens."""
-    texts = {}
-    for path in paths:
-        name, tokens = Path(path).stem, read_text(path, tokenizer)
-        if name in texts:
-            raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
-        if len(tokens) == 1:
-            raise UserError(f"--ppl {path}: is empty")
-        if len(tokens) < seqlen:
-            raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
-        texts[name] = tokens
-    return texts
-
-
-def perplexity(model: Llama, tokens: list[int], seqlen: int, max_tokens: int = 8192) -> tuple[float, int]:
-    """Wanda's perplexity of one long text, its tokens with BOS in front. Returns (perplexity, tokens in windows).
-
-    A window is a request without a context: all but its first token are targets. UserError where a loss is not finite.
-    """
-    n = len(tokens) // seqlen
-    windows = [tokens[i * seqlen : (i + 1) * seqlen] for i in range(n)]
-    requests = [[(window[:-1], window[1:])] for window in windows]
-    scores, _ = score(model, requests, max_tokens, share=False, name="perplexity")
-    mean = -sum(choices[0][0] for choices in scores) / (n * (seqlen - 1))  # nats a token
-    if mean > 709:  # e^709.8 is the largest float
-        raise UserError(f"the mean loss is {mean:.0f} nats a token: its perplexity is more than a float can hold")
-    return math.exp(mean), n * seqlen
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the model as it is measured
-
-
-def share_of_zeros(model: Llama) -> float:
-    """The share of zeros in the blocks' linears: the model's sparsity."""
-    linears = [m.weight for block in model.model.layers for m in block.modules() if isinstance(m, nn.Linear)]
-    return sum(count_zeros(w) for w in linears) / sum(w.numel() for w in linears)
-
-
-def to_semi_structured(model: Llama) -> None:
-    """Runs 2:4 linears on the GPU's sparse matrix units, converted one at a time. UserError for one that cannot be."""
-    if model.lm_head.weight.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 0):
-        raise UserError("--semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later")
-    if model.lm_head.weight.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError("--semi_structured: needs --dtype float16 or bfloat16")
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear):
-            if module.in_features % 4 or (module.weight.view(-1, 4) != 0).sum(1).max() > 2:
-                raise UserError(f"--semi_structured: {name} is not 2:4 (a group of 4 has more than 2 non-zeros)")
-            try:
-                sparse = torch.sparse.to_sparse_semi_structured(module.weight.data)
-            except RuntimeError as e:  # rows or columns that are no multiple of what the units take
-                raise UserError(f"--semi_structured: {name}: {e}") from None
-            module.weight = nn.Parameter(sparse, False)
-            # cuSPARSELt writes a transposed output, from which attention's fast kernels turn away
-            module.register_forward_hook(lambda module, args, y: y.contiguous())
+    """Scores one task from Python, with a model that may be in memory: see `task_results`."""
+    part = encode_task(documents, tokenizer, add_bos, model.config.max_position_embeddings, share)
+    score(model, [part], max_tokens)
+    return task_results(documents, part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -830,20 +1022,32 @@ def samples_file(folder: str, name: str) -> Path:
     return Path(folder) / f"samples_{name}.jsonl"
 
 
-def read_finished(file: Path) -> dict[str, dict]:
-    """What an interrupted command has left: {digest of all that a result depends on: the result}."""
-    if not file.exists():
-        return {}
-    saved = read_json(file, dict)
-    check_version(saved.get("version"), file)
-    finished = saved.get("finished")
-    if not isinstance(finished, dict) or not all(isinstance(result, dict) for result in finished.values()):
-        raise UserError(f"{file}: is damaged; remove {file.parent} to begin again")
-    return finished
+def read_scores(work: Path) -> tuple[dict[str, dict[int, list[Score]]], float | None]:
+    """What an interrupted command has left in a folder: ({key of a part: {row: its scores}}, the model's sparsity)."""
+    known, sparsity = {}, None
+    for file in sorted(work.glob("chunk-*.json")):
+        saved = read_json(file, dict)
+        check_version(saved.get("version"), file)
+        try:
+            sparsity = float(saved["sparsity"])
+            for key, rows in saved["scores"].items():
+                scores = {int(row): [(float(value), bool(hit)) for value, hit in choices] for row, choices in rows}
+                known.setdefault(key, {}).update(scores)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{file}: is damaged; remove {work} to begin again") from None
+    return known, sparsity
+
+
+def percent(result: dict, metric: str) -> str:
+    """A metric with its standard error, where they are there, in percent."""
+    if metric not in result:
+        return ""
+    text, error = f"{100 * result[metric]:.2f}", result.get(f"{metric}_stderr")
+    return text if error is None else f"{text} ± {100 * error:.2f}"
 
 
 def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
-    """The results as lines to read: accuracies and their standard errors in percent, then perplexities."""
+    """The results as lines to read: accuracies, then perplexities."""
     lines = []
     if results:
         lines.append(f"{'task':<28} {'acc':>15} {'acc_norm':>15} {'documents':>10}")
@@ -851,13 +1055,8 @@ def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
         if "word_perplexity" in r:
             value = "too large" if r["word_perplexity"] is None else f"{r['word_perplexity']:.4f}"
             lines.append(f"{task:<28} word perplexity {value} {r['n']:>20}")
-            continue
-        cells = []
-        for metric in ("acc", "acc_norm"):
-            error = r.get(f"{metric}_stderr")
-            value = f"{100 * r[metric]:.2f}" if metric in r else ""
-            cells.append(value + (f" ± {100 * error:.2f}" if value and error is not None else ""))
-        lines.append(f"{task:<28} {cells[0]:>15} {cells[1]:>15} {r['n']:>10,}")
+        else:
+            lines.append(f"{task:<28} {percent(r, 'acc'):>15} {percent(r, 'acc_norm'):>15} {r['n']:>10,}")
     for name, p in ppl.items():
         lines.append(f"{name:<28} perplexity {p['ppl']:.3f} (seqlen {p['seqlen']:,}, {p['tokens']:,} tokens)")
     return "\n".join(lines)
@@ -880,12 +1079,12 @@ def parse_args() -> argparse.Namespace:
     add("--seqlen", type=number(int, 2), help="tokens in a window of --ppl (default: the model's positions)")
     add("--add_bos", action="store_true", help="put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)")
     add("--log_samples", metavar="DIR", help="write every choice's log-likelihood there, in lm-eval's shape")
-    add("--max_tokens", type=number(int, 1), default=8192, help="padded tokens in a batch of one process")
+    add("--max_tokens", type=number(int, 1), default=8192, help="in a batch of one process, padding counted")
     add("--no_sharing", action="store_true", help="run every choice with its own context, as lm-eval does")
     add("--semi_structured", action="store_true", help="run 2:4 linears on the GPU's sparse matrix units")
     add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")
-    add("--out", required=True, help="the results, JSON; the folder OUT.partial holds finished tasks until all are")
+    add("--out", required=True, help="the results, JSON; the folder OUT.partial holds what is scored until all is")
     args = parser.parse_args()
     if not args.tasks and not args.ppl:
         raise UserError("nothing to do: give --tasks or --ppl")
@@ -906,75 +1105,103 @@ def main() -> None:
     for path, flag in outputs.items():
         check_out(path, flag, [args.ckpt, *args.tasks, *args.ppl])
     ckpt, config = open_llama(args.ckpt)
+    dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)
+    if args.semi_structured:
+        check_semi_structured(args.device, dtype)
     tokenizer = tokenizer_of(ckpt)
     if tokenizer is None:
         raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
     seqlen = args.seqlen or config.max_position_embeddings
     if seqlen is None:
         raise UserError(f"--ckpt {args.ckpt}: does not tell the length that it was trained on; give it by --seqlen")
+    if config.max_position_embeddings is None:
+        config.max_position_embeddings = seqlen  # to which contexts of --tasks are cut, too
+    limit = config.max_position_embeddings
     texts = read_texts(args.ppl, tokenizer, seqlen)
 
-    # --- the processes, and the folder OUT.partial, in which rank 0 alone reads and writes
+    # --- the processes, and the folder OUT.partial, which rank 0 alone reads: all must leave out the same rows
     rank, world = join_processes(args.device)
     work = Path(f"{args.out}.partial")
-    shared = [None, None]
+    shared = [None, None, None]
     if rank == 0:
         held = lock(work)  # noqa: F841  until the process ends
-        shared = [ckpt.fingerprint(), read_finished(work / "finished.json")]
+        known, sparsity = read_scores(work)
+        check_dtype(ckpt, dtype)
+        shared = [ckpt.fingerprint(), known, sparsity]
+        if args.ppl and limit < seqlen:
+            print(f"note: --seqlen {seqlen}: is more than the model's {limit} positions", file=sys.stderr)
     if world > 1:
-        dist.broadcast_object_list(shared)  # so that all of them leave out the same tasks
-    fingerprint, finished = shared
-    limit = config.max_position_embeddings
-    if rank == 0 and args.ppl and limit is not None and limit < seqlen:
-        print(f"note: --seqlen {seqlen}: is more than the model's {limit} positions", file=sys.stderr)
+        dist.broadcast_object_list(shared)
+    fingerprint, known, sparsity = shared
 
-    # --- the model
-    model, _ = load(args.ckpt, getattr(torch, args.dtype) if args.dtype else None, args.device)
-    model.requires_grad_(False)
-    if model.config.max_position_embeddings is None:
-        model.config.max_position_embeddings = seqlen  # to which contexts of --tasks are cut, too
-    sparsity = share_of_zeros(model)
-    head = {"ckpt": args.ckpt, "history": model.history, "sparsity": sparsity, "add_bos": args.add_bos}
-    if args.semi_structured:
-        to_semi_structured(model)
+    # --- the parts, with the scores that an interrupted command has left. What these depend on is a part's key; neither
+    # --max_tokens nor --device is in it: when memory runs out, another one may go on.
+    settings = [
+        fingerprint,
+        tokenizer.fingerprint,
+        args.add_bos,
+        args.no_sharing,
+        args.semi_structured,
+        str(dtype),
+        limit,
+    ]
+    task_parts, text_parts = {}, {}
+    for name, documents in tasks.items():
+        task_parts[name] = encode_task(documents, tokenizer, args.add_bos, limit, not args.no_sharing)
+        task_parts[name].key = digest(settings, name, [d.record for d in documents])
+    for name, tokens in texts.items():
+        text_parts[name] = encode_text(tokens, seqlen)
+        text_parts[name].key = digest(settings, name, seqlen, tokens)
+    parts = [*task_parts.values(), *text_parts.values()]
+    for part in parts:
+        part.scores.update(known.get(part.key, {}))
 
-    # --- its results, each of which is kept once it is there. What a result depends on is its key; neither --max_tokens
-    # nor --device is a part of it: when memory runs out, another one may go on.
-    flags = [args.dtype, args.no_sharing, args.semi_structured, args.log_samples]
-    settings = [head, fingerprint, tokenizer.fingerprint, flags, model.config.max_position_embeddings]
+    # --- the walks, each chunk's scores kept in a file of its own
+    model = open_model(ckpt, config, torch.device(args.device), dtype, args.semi_structured)
+    blocks = model.model.layers
+
+    def save(chunk: list[Rows]) -> None:
+        scores = {}
+        for part, numbers in chunk:
+            scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)
+        saved = {"version": VERSION, "sparsity": blocks.sparsity, "scores": scores}
+        write_json(work / f"chunk-{digest(scores)}.json", saved)
+
+    score(model, parts, args.max_tokens, save, bar=True)
+    if blocks.sparsity is not None:
+        sparsity = blocks.sparsity
+
+    # --- the only time that processes wait for each other: rank 0 gets what the others have scored
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, ([part.scores for part in parts], sparsity))
+        for scores, seen in gathered:
+            for part, own in zip(parts, scores, strict=True):
+                part.scores.update(own)
+            if seen is not None:  # a process without a share has seen no block
+                sparsity = seen
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    # --- the results
     results, ppl = {}, {}
     for name, documents in tasks.items():
-        key = digest(settings, name, [d.record for d in documents])
-        if key not in finished:
-            result, scores = run_task(
-                model, tokenizer, documents, args.add_bos, args.max_tokens, share=not args.no_sharing, name=name
-            )
-            finished[key] = result
-            if rank == 0:
-                if args.log_samples:
-                    log_samples(samples_file(args.log_samples, name), documents, scores)
-                write_json(work / "finished.json", {"version": VERSION, "finished": finished})
-        results[name] = finished[key]
-    for name, tokens in texts.items():
-        key = digest(settings, name, seqlen, tokens)
-        if key not in finished:
-            value, n_tokens = perplexity(model, tokens, seqlen, args.max_tokens)
-            finished[key] = {"ppl": value, "seqlen": seqlen, "tokens": n_tokens}
-            if rank == 0:
-                write_json(work / "finished.json", {"version": VERSION, "finished": finished})
-        ppl[name] = finished[key]
+        results[name], scores = task_results(documents, task_parts[name])
+        if args.log_samples:
+            log_samples(samples_file(args.log_samples, name), documents, scores)
+    for name, part in text_parts.items():
+        ppl[name] = text_results(part, seqlen)
     results.update(aggregates(results))
-    if rank == 0:
-        write_json(args.out, {"version": VERSION, **head, "results": results, "perplexity": ppl})
-        shutil.rmtree(work, ignore_errors=True)
-        print(table(results, ppl))
-        for name, documents in tasks.items():
-            _, others = documents[0].metrics
-            if others:
-                print(f"{name}: {', '.join(others)} is not computed here, and left out")
-        print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
-    if world > 1:
-        dist.destroy_process_group()
+    head = {"ckpt": args.ckpt, "history": ckpt.history, "sparsity": sparsity, "add_bos": args.add_bos}
+    write_json(args.out, {"version": VERSION, **head, "results": results, "perplexity": ppl})
+    shutil.rmtree(work, ignore_errors=True)
+    print(table(results, ppl))
+    for name, documents in tasks.items():
+        _, others = known_metrics(documents[0])
+        if others:
+            print(f"{name}: {', '.join(others)} is not computed here, and left out")
+    print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ is always the M weights of a group; otherwise:
 Statistics, scores and Hessians are float32, whatever the model's dtype.
 
 A model on disk is never loaded as a whole. One block is in memory and the next is being read, and each finished one is
-written to OUT.partial. When a run is killed, the same command goes on at its first unfinished block and ends with the same bytes.
+written to OUT.partial. When a run is killed, the same command goes on at its first unfinished block and ends with the
+same bytes.
 
 What differs from the official codes (Wanda 8e8fc87, SparseGPT 147d215, DSnoT 4c029df): exactly the number of weights
 that was asked for is removed, by rank. Their threshold, `<= sorted[k]`, removes one more, and all that tie with it.

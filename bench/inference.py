@@ -60,7 +60,8 @@ def main():
             x = torch.randn(n * args.length, linear.in_features, device="cuda", dtype=dtype)
             dense[name, n] = (x, linear(x), seconds(lambda: linear(x)))  # noqa: B023  called at once
         dense["prefill", n] = (tokens, model.hidden(tokens), seconds(lambda: model.hidden(tokens), 5))  # noqa: B023
-    to_semi_structured(model)
+    for i, layer in enumerate(model.model.layers):
+        to_semi_structured(layer, f"layers.{i}")
     for (name, n), (x, y, t) in dense.items():
         run = model.hidden if name == "prefill" else linears[name]
         difference = (run(x) - y).float().norm() / y.float().norm()

@@ -125,14 +125,19 @@ def read_json(path: str | Path, kind: type = object) -> Any:
     return parse_json(read_bytes(path), path, kind)
 
 
+def read_utf8(path: str | Path) -> str:
+    """The text of a file, its line ends as they are. UserError where it cannot be read."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
 def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tuple[str, dict]]:
     """The objects of a file with one JSON object a line, each with its place, "FILE: line 3", for messages. UserError
     for a line that is none; blank lines are passed over."""
-    try:
-        text = read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines, which takes U+2028 for an end of line too
+    lines = read_utf8(path).split("\n")  # not splitlines, which takes U+2028 for an end of line too
+    for i, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}: line {i}"
             yield where, parse_json(line, where, dict, surrogates)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -25,18 +24,19 @@ from data.checkpoint import UserError
 from data.tokenizer import load_tokenizer
 from evaluate import (
     Document,
+    Request,
     aggregates,
     branch_mask,
     document_metrics,
     encode_pair,
+    encode_text,
+    pack,
     pack_document,
-    perplexity,
     read_document,
     read_task,
     read_text,
     rolling_windows,
     run_task,
-    score,
 )
 from model import cli, load, save
 
@@ -70,6 +70,20 @@ def made_up(n=12, seed=0) -> list[dict]:
 @pytest.fixture(scope="module")
 def model(random_checkpoint):
     return load(random_checkpoint)[0]
+
+
+def score(model, requests: list[list[Request]], max_tokens: int, share: bool) -> tuple[list, int]:
+    """The scores of rows made of these requests, and how many tokens were run."""
+    part = pack(requests, list(range(len(requests))), share)
+    evaluate.score(model, [part], max_tokens)
+    return [part.scores[i] for i in range(len(requests))], part.past() + sum(len(row.tokens) for row in part.rows)
+
+
+def perplexity(model, tokens: list[int], seqlen: int, max_tokens: int = 8192) -> tuple[float, int]:
+    part = encode_text(tokens, seqlen)
+    evaluate.score(model, [part], max_tokens)
+    results = evaluate.text_results(part, seqlen)
+    return results["ppl"], results["tokens"]
 
 
 def reference(model, tokenizer, context, continuation, add_bos=False):
@@ -444,7 +458,8 @@ def test_mutual_information_subtracts_the_unconditional():
     arguments = [["q", " a"], ["q", " b"], ["", "a"], ["", "b"]]  # not all versions write the second delimiter
     [d] = read([record(0, "", "ab", "b", arguments=arguments, metrics=["acc", "acc_mutual_info"])])
     assert document_metrics(d, scores) == {"acc": 0.0, "acc_mutual_info": 1.0}
-    d = Document({"acc_mutual_info": 0.0}, [("q", " a"), ("q", " b"), ("", " a"), ("", " b")], {1})
+    arguments = [["q", " a"], ["q", " b"], ["", " a"], ["", " b"]]
+    [d] = read([record(0, "", "ab", "b", arguments=arguments, acc_mutual_info=0.0)])  # before there were `metrics`
     assert document_metrics(d, scores) == {"acc": 0.0, "acc_norm": 0.0, "acc_bytes": 0.0, "acc_mutual_info": 1.0}
 
 
@@ -552,54 +567,87 @@ def test_two_processes_give_identical_results(random_checkpoint, tmp_path):
 
 @pytest.fixture
 def interrupted(random_checkpoint, tmp_path, monkeypatch, main):
-    """Tasks a and b, interrupted in b: (the command's flags, the names of the tasks that were run, in order)."""
-    files = [write(tmp_path / f"samples_{name}.jsonl", made_up(seed=i)) for i, name in enumerate("ab")]
-    calls = []
+    """A task of 12 documents and one of 9, interrupted in the second: (the command's flags, how many documents each
+    chunk had, in order)."""
+    files = [write(tmp_path / f"samples_{n}.jsonl", made_up(n, seed=n)) for n in (12, 9)]
+    chunks, walk = [], evaluate.walk
 
-    def run_task_or_stop(*args, name, **options):
-        calls.append(name)
-        if calls == ["a", "b"]:
+    def walk_or_stop(model, chunk, *args):
+        chunks.append(sum(len(numbers) for _, numbers in chunk))
+        if chunks == [12, 9]:
             raise KeyboardInterrupt
-        return run_task(*args, name=name, **options)
+        walk(model, chunk, *args)
 
-    monkeypatch.setattr(evaluate, "run_task", run_task_or_stop)
+    monkeypatch.setattr(evaluate, "walk", walk_or_stop)
     with pytest.raises(KeyboardInterrupt):
         main(random_checkpoint, tmp_path / "r.json", "--tasks", *files)
-    return ("--tasks", *files), calls
+    return ("--tasks", *files), chunks
 
 
 def test_an_interrupted_run_keeps_its_finished_tasks(random_checkpoint, tmp_path, main, interrupted):
-    flags, calls = interrupted
+    flags, chunks = interrupted
     main(random_checkpoint, tmp_path / "r.json", *flags)
-    assert calls == ["a", "b", "b"]
+    assert chunks == [12, 9, 9]
     main(random_checkpoint, tmp_path / "at_once.json", *flags)
     assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
 
 
-@pytest.mark.parametrize("more", [("--add_bos",), ("--dtype", "bfloat16"), ("--no_sharing",), ("--log_samples", "log")])
-def test_finished_tasks_are_not_kept_for_other_settings(
-    random_checkpoint, tmp_path, main, interrupted, monkeypatch, more
+def test_an_interrupted_run_keeps_the_chunks_of_a_task_whatever_memory_is_left(
+    random_checkpoint, tmp_path, main, interrupted, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
-    flags, calls = interrupted
+    """Chunks are cut anew, batches are not: so the results are the same to the last bit."""
+    flags, chunks = interrupted
+    monkeypatch.setattr(evaluate, "CHUNK", {"cpu": 200})
+    flags = (*flags, "--max_tokens", 100, "--log_samples", tmp_path / "log")  # another key: nothing is known
+    chunks[:] = [0, 0]
+
+    def stop(*args, walk=evaluate.walk):
+        if len(chunks) > 5:
+            raise KeyboardInterrupt
+        walk(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "walk", stop)
+        main(random_checkpoint, tmp_path / "r.json", "--no_sharing", *flags)
+    before = sum(chunks)
+    assert 0 < before < 12
+    monkeypatch.setattr(evaluate, "CHUNK", {"cpu": 700})
+    main(random_checkpoint, tmp_path / "r.json", "--no_sharing", *flags)
+    assert sum(chunks) == 21 and max(chunks[6:]) > max(chunks[:6])
+    monkeypatch.setattr(evaluate, "CHUNK", {"cpu": 2**15})
+    log = (tmp_path / "log" / "samples_12.jsonl").read_text()
+    main(random_checkpoint, tmp_path / "at_once.json", "--no_sharing", *flags)
+    assert (tmp_path / "log" / "samples_12.jsonl").read_text() == log
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
+
+
+@pytest.mark.parametrize("more", [("--add_bos",), ("--dtype", "bfloat16"), ("--no_sharing",)])
+def test_finished_tasks_are_not_kept_for_other_settings(random_checkpoint, tmp_path, main, interrupted, more):
+    flags, chunks = interrupted
     main(random_checkpoint, tmp_path / "r.json", *flags, *more)
-    assert calls == ["a", "b", "a", "b"]
+    assert chunks == [12, 9, 12, 9]
+
+
+def test_what_is_known_is_logged_too(random_checkpoint, tmp_path, main, interrupted):
+    flags, chunks = interrupted
+    main(random_checkpoint, tmp_path / "r.json", *flags, "--log_samples", tmp_path / "log")
+    assert chunks == [12, 9, 9] and len((tmp_path / "log" / "samples_12.jsonl").read_text().splitlines()) == 12
 
 
 def test_finished_tasks_are_not_kept_for_other_documents(random_checkpoint, tmp_path, main, interrupted):
-    flags, calls = interrupted
-    write(tmp_path / "samples_a.jsonl", [r | {"target": "1"} for r in made_up(seed=0)])
+    flags, chunks = interrupted
+    write(tmp_path / "samples_12.jsonl", [r | {"target": "1"} for r in made_up(12, seed=12)])
     main(random_checkpoint, tmp_path / "r.json", *flags)
-    assert calls == ["a", "b", "a", "b"]
+    assert chunks == [12, 9, 12, 9]
 
 
 def started(checkpoint, folder) -> tuple[tuple, Job]:
-    """Two tasks and a text that take a second: (the command's flags, the command once its first task is kept)."""
+    """Two tasks and a text that take a second: (the command's flags, the command once its first chunk is kept)."""
     files = [write(folder / f"samples_{name}.jsonl", made_up(40, i)) for i, name in enumerate("ab")]
     (folder / "text.txt").write_text("bada kimu dogu\n" * 2000)
     flags = ("--tasks", *files, "--max_tokens", 100, "--ppl", folder / "text.txt", "--seqlen", 32)
     job = start(checkpoint, folder / "r.json", *flags)
-    while not (folder / "r.json.partial" / "finished.json").exists():
+    while not [*(folder / "r.json.partial").glob("chunk-*.json")]:
         assert job.running(), job.text
         time.sleep(0.005)
     return flags, job
@@ -783,18 +831,20 @@ def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatc
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("{", "finished.json: is not JSON"),
-        ("[]", "finished.json: is a JSON list, expected a dict"),
-        ('{"finished": {}}', "finished.json: has no version, expected 1"),
-        ('{"version": 2, "finished": {}}', "finished.json: has version 2, expected 1"),
-        ('{"version": 1, "finished": {"key": 5}}', "finished.json: is damaged; remove r.json.partial to begin again"),
-        ('{"version": 1}', "finished.json: is damaged; remove r.json.partial to begin again"),
+        ("{", "is not JSON"),
+        ("[]", "is a JSON list, expected a dict"),
+        ('{"scores": {}}', "has no version, expected 1"),
+        ('{"version": 2, "scores": {}}', "has version 2, expected 1"),
+        ('{"version": 1, "sparsity": 0.5, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1, "sparsity": 0.5, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
+        ('{"version": 1, "sparsity": null, "scores": {}}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1, "sparsity": 0.5}', "is damaged; remove r.json.partial to begin again"),
     ],
 )
 def test_broken_partial_results_are_one_line(random_checkpoint, folder, refused, content, words):
     (folder / "r.json.partial").mkdir()
-    (folder / "r.json.partial" / "finished.json").write_text(content)
-    assert words in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+    (folder / "r.json.partial" / "chunk-0.json").write_text(content)
+    assert f"chunk-0.json: {words}" in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
 
 
 def test_a_file_where_partial_results_should_go_is_one_line(random_checkpoint, folder, refused):
@@ -830,8 +880,8 @@ def test_nan_that_only_the_second_process_meets_is_reported(tokenizer, random_ch
     model.model.embed_tokens.weight.data[list(own)] = float("nan")
     save(model, tmp_path / "nan.pt", tokenizer)
     job = start(tmp_path / "nan.pt", tmp_path / "r.json", "--tasks", path, "--max_tokens", 1, processes=2)
-    assert job.wait() == [2, 2]
-    assert re.search(r"evaluate.py \(rank \d\): error: a log-likelihood is not finite: embed_tokens has NaN", job.text)
+    assert job.wait() == [1, 2]  # the first hears no more from the second, and torchrun would end it at once
+    assert re.search(r"evaluate.py \(rank 1\): error: no log-likelihood is finite: embed_tokens has NaN", job.text)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -856,9 +906,9 @@ def test_what_cannot_be_semi_structured_is_refused(random_checkpoint, monkeypatc
     for p in model.model.layers.parameters():
         if pruned and p.dim() == 2:
             p.data.view(-1, 4)[:, 2:] = 0
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     with pytest.raises(UserError, match=words):
-        evaluate.to_semi_structured(SimpleNamespace(model=model.model, lm_head=SimpleNamespace(weight=on_gpu)))
+        evaluate.check_semi_structured("cuda", dtype)
+        evaluate.to_semi_structured(model.model.layers[0], "layers.0")
 
 
 def test_windows_longer_than_the_models_positions_are_noted_once(random_checkpoint, tmp_path):
