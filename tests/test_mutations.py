@@ -138,6 +138,8 @@ def good(tmp_path_factory, tokenizer, tokenizer_file) -> Path:
         patch.setattr(shutil, "rmtree", lambda *args, **options: None)
         call(evaluate.main, folder, EVALUATE)
     (folder / "r.json").unlink()
+    chunks = folder / "r.json.partial"
+    next(chunks.glob("chunk-*.json")).rename(chunks / "chunk-0.json")
     return folder
 
 
@@ -190,7 +192,7 @@ READERS = {  # kind of file: (the file that is damaged, what reads it)
     "log": ("run/log.jsonl", lambda folder: call(train.main, folder, TRAIN)),
     "job": ("job.partial/job.json", lambda folder: call(prune.main, folder, PRUNE)),
     "inputs": ("job.partial/inputs-00001.pt", lambda folder: call(prune.main, folder, PRUNE)),
-    "finished": ("r.json.partial/finished.json", lambda folder: call(evaluate.main, folder, EVALUATE)),
+    "scores": ("r.json.partial/chunk-0.json", lambda folder: call(evaluate.main, folder, EVALUATE)),
     "samples": ("samples.jsonl", lambda folder: read_samples(folder / "samples.jsonl")),
     "documents": ("boolq.jsonl", lambda folder: call(lm_eval, folder, BOOLQ)),
     "templates": ("results.json", lambda folder: call(lm_eval, folder, f"{BOOLQ} --config IN/results.json")),
