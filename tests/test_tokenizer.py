@@ -6,6 +6,7 @@
 REAL_MODELS is a folder with smollm2/ (SmolLM2's tokenizer.json) and llama3/tokenizer.model (Meta's)."""
 
 import base64
+import dataclasses
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import sys
 import time
 import types
 import unicodedata
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -22,8 +24,12 @@ from conftest import REAL, SHARED, needs_shared
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data.tokenizer as module
+import evaluate
+import model
+from data.alpaca import prepare
 from data.checkpoint import UserError
 from data.tokenizer import LLAMA3_CUT, encode_all, load_tokenizer
+from model import PRESETS, Llama, save
 
 WORDS = (
     "the of and to in is was for that on with as by at it's we'll they've I'M he'd you're cat cats running unhappiness"
@@ -628,6 +634,84 @@ def test_half_a_surrogate_pair_is_refused(tokenizer_file):
     for tokenizer in (load_tokenizer(tokenizer_file), ours(train("smollm2-like"))):
         with pytest.raises(UserError, match=r"half of a surrogate pair at character 2: '\\ud800'"):
             tokenizer.encode("ab\ud800")
+
+
+# A broken tokenizer as a user meets it: what is wrong with tokenizer.json, and the line that says so.
+BAD_COMMANDS = {
+    "merge 0 is 'a xyz', expected two tokens whose union is one": {"model__merges": ["a xyz"]},
+    "not laid out as expected: KeyError('merges')": {"model": {"type": "BPE", "vocab": {"a": 0}}},
+    "ids collide: 'a' has id 1": {"model__vocab__a": 1},
+    "ids collide: '<x>' is added as 5": {"added_tokens": [{"id": 5, "content": "<x>"}]},
+    'its pre-tokenizer {"type": "Whitespace"} is not known here': {"pre_tokenizer": {"type": "Whitespace"}},
+}
+
+
+@pytest.fixture(scope="module")
+def with_json(tmp_path_factory) -> Path:
+    """A model of 400 words in Hugging Face's layout with a tokenizer.json of 300."""
+    folder = tmp_path_factory.mktemp("with_json") / "hf"
+    save(Llama(dataclasses.replace(PRESETS["test"], vocab_size=400)), folder, load_tokenizer(changed()))
+    (folder.parent / "alpaca.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 2))
+    (folder.parent / "text.txt").write_text("the cat\n" * 100)
+    return folder
+
+
+def refusal(folder: Path, command: str, monkeypatch, capsys) -> str:
+    """The line in which a command refuses this directory, whose tokenizer is wrong."""
+    beside = folder.parent
+    mains = {
+        "model.py": (model.main, ["--ckpt", folder, "--prompt", "the cat"]),
+        "evaluate.py": (evaluate.main, ["--ckpt", folder, "--ppl", beside / "text.txt", "--out", beside / "out.json"]),
+        "prepare.py": (
+            prepare.main,
+            ["--tokenizer", folder, "--json", beside / "alpaca.json", "--val", 1, "--out", beside / "out"],
+        ),
+    }
+    main, flags = mains[command]
+    before = sorted(beside.rglob("*"))
+    monkeypatch.setattr(sys, "argv", [command, *map(str, flags)])
+    with pytest.raises(SystemExit) as e:
+        model.cli(main)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and not out and err.count("\n") == 1 and err.startswith(f"{command}: error: ")
+    assert sorted(beside.rglob("*")) == before
+    return err
+
+
+COMMANDS = ("model.py", "evaluate.py", "prepare.py")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("message", BAD_COMMANDS)
+def test_a_command_refuses_a_broken_tokenizer_in_one_line(with_json, monkeypatch, capsys, command, message):
+    (with_json / "tokenizer.json").write_bytes(changed(**BAD_COMMANDS[message]))
+    assert message in refusal(with_json, command, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_refuses_damaged_tokenizer_files_in_one_line(with_json, monkeypatch, capsys, command):
+    lines = tiktoken_file(train("llama3-like", 300)).splitlines(keepends=True)
+    files = {
+        "line 8 is": ("tokenizer.model", b"".join(lines[:7] + lines[8:])),  # ranks are missing
+        "is not JSON": ("tokenizer.json", b'{"model": "\xff"}'),  # not UTF-8
+        "is not a sentencepiece model": ("tokenizer.model", "▁a".encode()[:-2]),
+    }
+    (with_json / "tokenizer.json").write_bytes(changed())
+    for message, (name, content) in files.items():
+        before = (with_json / name).read_bytes() if (with_json / name).exists() else None
+        (with_json / name).write_bytes(content)
+        assert message in refusal(with_json, command, monkeypatch, capsys)
+        if before is None:
+            (with_json / name).unlink()
+        else:
+            (with_json / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("command", COMMANDS[:2])  # the third has no model
+def test_a_command_refuses_a_vocabulary_larger_than_the_models_in_one_line(with_json, monkeypatch, capsys, command):
+    (with_json / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 400, "content": "<x>"}]))
+    message = f"{with_json}: its tokenizer has 401 pieces, the model only 400"
+    assert message in refusal(with_json, command, monkeypatch, capsys)
 
 
 # --- real tokenizers
