@@ -150,11 +150,15 @@ def main() -> None:
                 known = [best["lr"] for n in (steps, 20, 100, 500) if (best := best_of(lines, (width, method, n)))]
                 search(args, lines, (width, method, steps), [*known, START.get(method, 5e-3)][0])
 
-    print("| method | width | steps | loss before | best rate | loss |\n|---|---|---|---|---|---|")
+    print(
+        "| method | width | steps | loss before | best rate | loss | train.py's default |\n|---|---|---|---|---|---|---|"
+    )
     for cell in sorted({cell_of(line) for line in lines}, key=lambda cell: (cell[1], cell[0], cell[2])):
         best = best_of(lines, cell)
         width, method, steps = cell
-        print(f"| {method} | {width} | {steps} | {best['before']:.3f} | {best['lr']:g} | {best['val_loss']:.3f} |")
+        default, _ = train.default_lr(method, config_of(width), steps)
+        losses = f"{best['before']:.3f} | {best['lr']:g} | {best['val_loss']:.3f}"
+        print(f"| {method} | {width} | {steps} | {losses} | {default:g} |")
 
 
 if __name__ == "__main__":
