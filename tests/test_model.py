@@ -34,6 +34,7 @@ from model import (
     save,
     sparsity_of,
 )
+from spp import inject
 
 SHAPES = {
     "llama-1": {},
@@ -118,6 +119,30 @@ def test_stories260k_equals_transformers_in_both_layouts():
 def test_presets_have_the_published_number_of_parameters(preset, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(PRESETS[preset]).parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "preset, learn, per_mille",
+    [
+        ("llama-3-8b", 21_299_200, 2.65),
+        ("llama-3-70b", 106_332_160, 1.50),
+        ("llama-3.2-1b", 5_619_712, 4.53),
+        ("llama-3.2-3b", 12_701_696, 3.94),
+        ("smollm2-135m", 2_551_680, 18.62),
+        ("smollm2-360m", 4_536_320, 12.38),
+        ("smollm2-1.7b", 8_503_296, 4.94),
+    ],
+)
+def test_spp_of_rank_16_fits_every_preset_and_learns_16_n_and_m_numbers_of_each_linear(preset, learn, per_mille):
+    """As Table 1 counts; 16 divides every m, the 192 outputs of SmolLM2-135M's k_proj and v_proj among them."""
+    with torch.device("meta"):
+        model = inject(Llama(PRESETS[preset]), r=16)
+    c = PRESETS[preset]
+    kv, width, mlp = c.num_key_value_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    linears = [(width, width), (kv, width), (kv, width), (width, width), (mlp, width), (mlp, width), (width, mlp)]
+    assert c.num_hidden_layers * sum(16 * n + m for m, n in linears) == learn
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learn
+    assert round(1000 * learn / sum(p.numel() for p in model.parameters()), 2) == per_mille
 
 
 def test_a_cache_gives_the_logits_of_the_whole(model):

@@ -4,13 +4,16 @@
 
 REAL_MODELS is a folder with smollm2/, a Hugging Face directory (see tests/test_tokenizer.py)."""
 
+import json
+import sys
+
 import pytest
 import torch
 from conftest import REAL, ROOT
 from test_model import their_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate import perplexity, read_text
+import evaluate
 from model import generate, load
 
 pytestmark = pytest.mark.skipif(
@@ -54,18 +57,21 @@ def test_greedy_text_is_transformers_token_for_token(both, prompt):
 
 
 @pytest.mark.stress
-def test_perplexity_is_that_of_a_plain_script(both, tmp_path):
+def test_perplexity_is_that_of_a_plain_script(both, tmp_path, monkeypatch):
     """Windows of 256 tokens, each with transformers' own loss, as scripts on the web have it."""
-    ours, tokenizer, theirs, their_tokenizer = both
+    _, _, theirs, their_tokenizer = both
     lines = (ROOT / "README.md").read_text().splitlines()[:100]
     (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
-    tokens = read_text(tmp_path / "text.txt", tokenizer)
+    command = ["evaluate.py", "--ckpt", REAL / "smollm2", "--ppl", tmp_path / "text.txt", "--seqlen", 256]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--out", str(tmp_path / "out.json")])
+    evaluate.main()
+    ours = json.loads((tmp_path / "out.json").read_text())["perplexity"]["text"]
+
     text = "\n\n".join(line + "\n" if line else "" for line in lines)
     ids = torch.tensor([their_tokenizer.bos_token_id, *their_tokenizer(text).input_ids])
-    assert tokens == ids.tolist()
     losses = []
     with torch.no_grad():
         for window in ids[: len(ids) // 256 * 256].view(-1, 1, 256):
             losses.append(theirs(window, labels=window).loss)
-    found, n = perplexity(ours, tokens, 256)
-    assert found == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5) and n == 256 * len(losses) >= 1024
+    assert ours["ppl"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5)
+    assert ours["tokens"] == 256 * len(losses) >= 1024
