@@ -210,7 +210,7 @@ def late(number: int, frame: object) -> None:
     raise AssertionError("takes longer than 10 seconds")
 
 
-@pytest.mark.parametrize("n", (40, pytest.param(2000, marks=pytest.mark.stress)))
+@pytest.mark.parametrize("n", (40, pytest.param(1000, marks=pytest.mark.stress)))
 @pytest.mark.parametrize("kind", READERS)
 def test_a_damaged_file_is_read_or_refused_by_one_line(good, tmp_path, kind, n):
     name, read = READERS[kind]
