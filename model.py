@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import DTYPES, Checkpoint, UserError, cast, check_out, open_checkpoint, travels, write_checkpoint
@@ -303,9 +304,13 @@ class Llama(nn.Module):
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy summed (not averaged) over the targets, float32, (). x: (N, hidden_size), targets: (N,).
 
-        Logits are made 1,024 positions at a time, and again in the backward pass: at 32,000 words they would otherwise
-        be the largest tensors of a fine-tuning step.
+        Logits are made 1,024 positions at a time and not kept: at 32,000 words they would otherwise be the largest
+        tensors of a fine-tuning step. Where the head is frozen, `FrozenHeadLoss` forms its input's gradient with them;
+        where it learns, they are made again in the backward pass.
         """
+        head = self.lm_head.weight
+        if type(self.lm_head) is nn.Linear and not head.requires_grad:
+            return FrozenHeadLoss.apply(x, head, targets)
 
         def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
@@ -315,6 +320,32 @@ class Llama(nn.Module):
         for h, t in zip(x.split(1024), targets.split(1024), strict=True):
             total = total + checkpoint(chunk_loss, h, t, use_reentrant=False)
         return total
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of x (N, hidden_size) through a frozen head (vocab_size, hidden_size), whose gradient by
+    x is formed in the forward pass while the logits are there: the softmax minus 1 at the target, times the head."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        total, dx = x.new_zeros((), dtype=torch.float32), None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+        for i in range(0, len(x), 1024):
+            h, t = x[i : i + 1024], targets[i : i + 1024, None]
+            logp = F.linear(h, head).float().log_softmax(-1)
+            total -= logp.gather(1, t).sum()
+            if dx is not None:
+                p = logp.exp_()
+                p.scatter_add_(1, t, p.new_full((), -1.0).expand_as(t))
+                torch.mm(p.to(x.dtype), head, out=dx[i : i + 1024])
+        ctx.save_for_backward(dx)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (dx,) = ctx.saved_tensors
+        return dx * g.to(dx.dtype), None, None
 
 
 @torch.no_grad()

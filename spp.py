@@ -60,6 +60,7 @@ weight cannot express. Here merging asserts the zeros.
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ class AdapterLinear(nn.Module):
     What a subclass says (a new way to learn under the mask is these four):
         factors                            names of what is learned beside W
         reset_parameters()                 how the factors start; also called where a model was built on the meta device
-        effective_weight(W, *factors)      W^ (m, n), the weight that is used, float32
+        effective_weight(W, *factors)      W^ (m, n), the weight that is used: W itself, or a new tensor
         factor_gradients(G, W, *factors)   a tuple: the gradient of W (None where it is frozen), then of each factor,
                                            from G = dL/dW^ (m, n), which it may overwrite
     """
@@ -114,13 +115,13 @@ class AdapterLinear(nn.Module):
         """An uninitialised float32 parameter on the weight's device."""
         return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=self.weight.device))
 
-    @torch.compiler.disable  # if traced, W^ would be saved for backward; everything around the layer is compiled
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m). In evaluation mode with the weight that merging would write, from which no factor
         learns: what a validation measures is then what will be in the file."""
         if not self.training:
             return F.linear(x, self.merged().to(x.dtype))
-        return EffectiveMatmul.apply(x, self, self.weight, *(getattr(self, name) for name in self.factors))
+        factors = [getattr(self, name) for name in self.factors]
+        return EffectiveMatmul.apply(x, self.effective_weight, self.factor_gradients, self.weight, *factors)
 
     def merged(self, masked: bool = True) -> Tensor:
         """W^ in the checkpoint's dtype, (m, n), rounded to the nearest. masked=False leaves LoRA's dense."""
@@ -175,9 +176,11 @@ class SPPLinear(AdapterLinear):
                 nn.init.uniform_(p, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        W, alpha, beta = self.weight, self.alpha, self.beta
+        if self.matmul == "fused" and self.training and torch.compiler.is_compiling():
+            return spp_product(x, W, alpha, beta, self.scale, self.residual)
         if self.matmul == "fused" or not self.training:
             return super().forward(x)
-        W, alpha, beta = self.weight, self.alpha, self.beta
         m = len(W)
         dense = F.linear(x, W) if self.residual else 0
         if self.matmul == "repeat":  # equations 4 and 5
@@ -188,45 +191,151 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        r, n = alpha.shape
-        # scale * repeat_interleave(alpha, m/r) o beta[:, None], without a repeated alpha in memory: block k, of m/r
-        # rows, is the outer product of their betas with alpha_k.
-        M = torch.mul((self.scale * beta).view(r, -1, 1), alpha.view(r, 1, n)).view(-1, n)  # (r, m/r, n) -> (m, n)
-        return torch.addcmul(W, W, M) if self.residual else M.mul_(W)  # W + W o M in one pass, rounded once
+        return spp_weight(W, alpha, beta, self.scale, self.residual)
 
     def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
-        r, n = alpha.shape
-        GW = G.mul_(W).view(r, -1, n)  # in place, G is not needed again; block k: the m/r rows that alpha_k serves
-        scaled_beta = (self.scale * beta).to(GW.dtype)
-        d_alpha = torch.bmm(scaled_beta.view(r, 1, -1), GW).view(r, n).float()  # (r, 1, m/r) @ (r, m/r, n)
-        d_beta = None
-        if self.beta.requires_grad:
-            d_beta = self.scale * torch.bmm(GW, alpha.to(GW.dtype).view(r, n, 1)).flatten()  # (r, m/r, n) @ (r, n, 1)
-            d_beta = d_beta.float()
-        return None, d_alpha, d_beta
+        return None, *spp_gradients(G, W, alpha, beta, self.scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# three matmuls: W^ and G are formed elementwise, in float32, and rounded once
+
+
+def form(out: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> None:
+    """W^ = W + scale * W~ of blocks of rows. W, out: (k, m/r, n), alpha: (k, n), beta: (k, m/r)."""
+    W = W.to(alpha.dtype)
+    M = (scale * beta)[:, :, None] * alpha[:, None, :]  # block k is the outer product of its betas with alpha_k
+    if residual:
+        torch.addcmul(W, W, M, out=out)
+    else:
+        torch.mul(W, M, out=out)
+
+
+def reduce(G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor]:
+    """d alpha (k, n) and d beta (k, m/r) from blocks of rows of G, which may be overwritten: see `form`."""
+    GW = G.to(alpha.dtype) * W
+    beta = scale * beta
+    if sums:  # which are compiled together with the product: a factor of bmm would go through memory
+        return (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
+    d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
+    d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
+    return d_alpha, scale * d_beta
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+def in_blocks(alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts alpha (r, n) and tensors of m rows into the blocks that `form` and `reduce` take. On a GPU that is once, for
+    one kernel; on a CPU about 64 rows at a time, so that what is made of them stays in its cache: a block of more rows
+    becomes several that have the same alpha."""
+    r, m = len(alpha), len(of_rows[0])
+    rows, count = m // r, r
+    if not alpha.is_cuda:
+        rows = next((d for d in range(64, rows) if rows % d == 0), rows)
+        count = max(1, 64 // rows)  # or blocks of one row, where r = m, would take a minute
+        alpha = alpha.repeat_interleave(m // (r * rows), 0)
+    views = [alpha, *(w.view(-1, rows, *w.shape[1:]) for w in of_rows)]
+    return zip(*(view.split(count) for view in views), strict=True)
+
+
+def spp_weight(W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
+    """W^ (m, n), in W's dtype: 4 bytes a weight in bfloat16, read and written."""
+    W_hat = torch.empty_like(W)
+    run = compiled(form) if W.is_cuda else form
+    for alpha_k, W_k, beta_k, out in in_blocks(alpha, W, beta, W_hat):
+        run(out, W_k, alpha_k, beta_k, scale, residual)
+    return W_hat
+
+
+def spp_gradients(G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n), which may be overwritten."""
+    run = compiled(reduce) if G.is_cuda else reduce
+    parts = [
+        run(G_k, W_k, alpha_k, beta_k, scale, G.is_cuda) for alpha_k, G_k, W_k, beta_k in in_blocks(alpha, G, W, beta)
+    ]
+    d_alpha, d_beta = zip(*parts, strict=True)
+    return torch.cat(d_alpha).view(len(alpha), -1, alpha.shape[1]).sum(1), torch.cat(d_beta).flatten()
+
+
+def product(x: Tensor, form: Callable, W: Tensor, *factors: Tensor) -> Tensor:
+    """y = x (W^)^T."""
+    return F.linear(x, form(W, *factors).to(x.dtype))
+
+
+def gradients(
+    g: Tensor, needs_dx: bool, x: Tensor, form: Callable, reduce: Callable, W: Tensor, *factors: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x (None unless it is needed), of W and of the factors."""
+    W_hat = form(W, *factors).to(x.dtype)
+    dx = g @ W_hat if needs_dx else None  # the first block's inputs come from frozen embeddings
+    buffer = None if W_hat is W else W_hat
+    G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
+    return dx, *reduce(G, W, *factors)
 
 
 class EffectiveMatmul(torch.autograd.Function):
-    """y = x (W^)^T for the layer's effective weight W^, which is formed in each pass and never saved: 3 units.
+    """y = x (W^)^T for a layer's effective weight W^, which is formed in each pass and never saved: 3 units.
 
-    x (..., n), W (m, n), factors: what `layer` learns. Nothing saved is a view or a cast of W, so that FSDP can free
-    the gathered weight between the passes.
+    x (..., n), W (m, n), factors: what the layer learns; form and reduce: its `effective_weight`, `factor_gradients`.
+    Nothing saved is a view or a cast of W, so that FSDP can free the gathered weight between the passes.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layer: AdapterLinear, W: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, form: Callable, reduce: Callable, W: Tensor, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, *factors)
-        ctx.layer = layer
-        return F.linear(x, layer.effective_weight(W, *factors).to(x.dtype))
+        ctx.form, ctx.reduce = form, reduce
+        return product(x, form, W, *factors)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *factors = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0]:  # the first block's inputs come from frozen embeddings
-            dx = g @ ctx.layer.effective_weight(W, *factors).to(x.dtype)
-        G = g.flatten(0, -2).T @ x.flatten(0, -2)  # (m, T) @ (T, n)
-        return dx, None, *ctx.layer.factor_gradients(G, W, *factors)
+        x, *rest = ctx.saved_tensors
+        dx, *others = gradients(g, ctx.needs_input_grad[0], x, ctx.form, ctx.reduce, *rest)
+        return dx, None, None, *others
+
+
+# The same as two operators for torch.compile, which sees one node in each pass; what it traces it may keep, W^ too.
+# An operator takes tensors and numbers, no layer, so this is SPP's alone; other layers are traced.
+
+
+@torch.library.custom_op("spp::product", mutates_args=())
+def spp_product(x: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
+    return product(x, functools.partial(spp_weight, scale=scale, residual=residual), W, alpha, beta)
+
+
+@torch.library.custom_op("spp::gradients", mutates_args=())
+def spp_product_gradients(
+    g: Tensor, needs_dx: bool, x: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = functools.partial(spp_weight, scale=scale, residual=residual)
+    reduce = functools.partial(spp_gradients, scale=scale)
+    dx, d_alpha, d_beta = gradients(g, needs_dx, x, form, reduce, W, alpha, beta)
+    return x.new_empty(0) if dx is None else dx, d_alpha, d_beta
+
+
+def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.residual = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs_dx = ctx.needs_input_grad[0]
+    dx, d_alpha, d_beta = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
+    return dx if needs_dx else None, None, d_alpha, d_beta, None, None
+
+
+# shapes, for the compiler
+spp_product.register_fake(lambda x, W, *rest: x.new_empty(*x.shape[:-1], len(W)))
+spp_product_gradients.register_fake(
+    lambda g, needs_dx, x, W, alpha, beta, scale, residual: (
+        x.new_empty(x.shape if needs_dx else 0),
+        torch.empty_like(alpha),
+        torch.empty_like(beta),
+    )
+)
+spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

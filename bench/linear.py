@@ -4,7 +4,8 @@
     python bench/linear.py --device cuda --dtype bfloat16    # LLaMA-7B's shapes at T = 4,096
     python bench/linear.py --plot assets/linear.png          # also draws time and memory (matplotlib)
 
-All forms run in turn in one process, so that a machine that slows down slows all of them. A unit is one product of
+All forms run in turn in one process, so that a machine that slows down slows all of them, and a ratio is the median of
+the rounds' ratios. On a CPU time is the process's own, so that other processes' does not count. A unit is one product of
 T x n by n x m, 2*T*m*n FLOPs. Floors: a frozen linear (2 units), and one whose weight gets a gradient (3 units).
 """
 
@@ -23,6 +24,7 @@ from model import Parser, check_device, cli, number  # noqa: E402
 from spp import LoRALinear, SPPLinear  # noqa: E402
 
 FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
+BASES = ("floor", "lora", "chunked")  # what a form's time is divided by
 
 
 def make(form: str, m: int, n: int, dtype, device) -> nn.Module:
@@ -72,14 +74,15 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def clock(layer: nn.Module, x: Tensor, g: Tensor) -> float:
-    """Seconds of a step."""
-    cuda = x.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
+    """Seconds of a step: of this process on a CPU, of the clock on a GPU."""
+    if x.device.type == "cpu":
+        start = time.process_time()
+        step(layer, x, g)
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     step(layer, x, g)
-    if cuda:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -99,6 +102,9 @@ def measure(T: int, n: int, m: int, dtype, device, repeats: int) -> dict[str, di
                 times[form].append(seconds)
     for form in FORMS:
         rows[form]["seconds"] = statistics.median(times[form])
+        for base in BASES:
+            pairs = zip(times[form], times[base], strict=True)
+            rows[form][base] = statistics.median(own / other for own, other in pairs)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -108,13 +114,10 @@ def measure(T: int, n: int, m: int, dtype, device, repeats: int) -> dict[str, di
 
 
 def print_table(T, n, m, rows) -> None:
-    seconds = {form: row["seconds"] for form, row in rows.items()}
     for form, row in rows.items():
-        ratios = " | ".join(f"{seconds[form] / seconds[base]:.2f}" for base in ("floor", "lora", "chunked"))
-        print(
-            f"| {T}, {n}, {m} | {form} | {row['units']:.2f} | {row['saved']:.3f} | {1000 * seconds[form]:.2f} | {ratios} |",
-            flush=True,
-        )
+        ratios = " | ".join(f"{row[base]:.2f}" for base in BASES)
+        numbers = f"{row['units']:.2f} | {row['saved']:.3f} | {1000 * row['seconds']:.2f}"
+        print(f"| {T}, {n}, {m} | {form} | {numbers} | {ratios} |", flush=True)
 
 
 def plot(results: dict, path: str) -> None:
@@ -127,12 +130,8 @@ def plot(results: dict, path: str) -> None:
     for i, (shape, rows) in enumerate(results.items()):
         for ax, key, base in ((axes[0], "seconds", rows["floor"]["seconds"]), (axes[1], "saved", 1)):
             xs = [j + 0.8 * i / len(results) for j in range(len(FORMS))]
-            ax.bar(
-                xs,
-                [rows[form][key] / base for form in FORMS],
-                0.8 / len(results),
-                label="T, n, m = {}, {}, {}".format(*shape),
-            )
+            heights = [rows[form][key] / base for form in FORMS]
+            ax.bar(xs, heights, 0.8 / len(results), label="T, n, m = {}, {}, {}".format(*shape))
     for ax, title in zip(
         axes, ("time of a step / the 3-unit floor", "kept for backward / one m x n weight"), strict=True
     ):
@@ -154,7 +153,7 @@ def main():
     check_device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)
-        shapes = [(T, 1024, m) for T in (512, 2048) for m in (1024, 2816)]
+        shapes = [(T, 1024, m) for T in (64, 128, 512, 2048) for m in (1024, 2816)]
     else:
         shapes = [(4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]
     name = (
