@@ -45,6 +45,19 @@ def model(random_checkpoint):
 # against the official codes, on a real model
 
 
+def test_float32_means_float32_whatever_the_caller_has_set(model, calib):
+    """TF32 on a GPU, bfloat16 on a CPU that has it: a Hessian would keep three digits."""
+    twin = copy.deepcopy(model)
+    prune_model(twin, calib, "sparsegpt", "0.5")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        prune_model(model, calib, "sparsegpt", "0.5")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(w.equal(targets(twin)[name]) for name, w in targets(model).items())
+
+
 @needs_shared
 @pytest.mark.parametrize(
     "run, method, sparsity, dsnot, agreement",
