@@ -250,7 +250,7 @@ def prune_block(
             sparsity = sparsity_of_linear(settings.sparsity, full_name)
             swapped = name.startswith("self_attn")  # by DSnoT, whose official code leaves the MLP's masks alone
             report.append({"layer": full_name, **prune_linear(linear, s, sparsity, settings, swapped)})
-        del s  # the last name of its Hessian
+        del s  # and with it U, before the next group's Hessian needs the memory
     run_block(block, x, tables, batch)
     return report
 

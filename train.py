@@ -188,9 +188,10 @@ def main() -> None:
     state = None
     # Steps done; the validation loss of step 0; that of what merged.pt will hold. Both are inf while there is none.
     start, first, best = 0, math.inf, math.inf
+    base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
     if int(os.environ.get("RANK", 0)) == 0:
-        base = ckpt.fingerprint() if args.ckpt else args.preset  # what the adapter belongs to
-        run_id, held = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  the lock, until the process ends
+        base = ckpt.fingerprint() if args.ckpt else args.preset
+        run_id, run_lock = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  held until the process ends
         if args.resume:
             state = newest_state(out_dir, model, run_id, plan.steps)
         if state:
@@ -268,8 +269,8 @@ def main() -> None:
         for i, indices in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             if mesh is not None:
-                # Processes exchange gradients once a step, not per micro-batch; but until they do, a process holds
-                # them whole: all of the model's, where every weight learns.
+                # Processes exchange gradients once a step, after the last micro-batch. Until they do each holds them
+                # unsharded: of `masked` that is the whole model, so there they are exchanged every time.
                 model.set_requires_gradient_sync(last or args.method == "masked")
             elif world > 1:
                 net.require_backward_grad_sync = last
@@ -279,7 +280,8 @@ def main() -> None:
             (summed * (world / max(1, n_targets))).backward()
             loss_sum += summed.detach()
 
-        grad_norm = nn.utils.clip_grad_norm_(learning, args.grad_clip or math.inf)
+        clip = args.grad_clip if args.grad_clip > 0 else math.inf  # inf: nothing is clipped, and the norm is returned
+        grad_norm = nn.utils.clip_grad_norm_(learning, clip)
         if mesh is not None:  # under FSDP each process has the norm of its shards
             grad_norm = grad_norm.full_tensor()
         # What all processes must agree on, in one collective: the loss, and whether any of them was asked to stop. This
@@ -307,7 +309,7 @@ def main() -> None:
             write_line(log_file, {"step": step + 1, "val_loss": val_loss})
             log(f"step {step + 1}: training loss {shown(loss)}, validation loss {shown(val_loss)}")
             check_finite(step + 1, {"validation loss": val_loss}, ckpt)
-            lowest = val_loss is None or val_loss < best
+            lowest = val_loss is None or val_loss < best  # where nothing is held out the newest is taken
             if args.method == "full" or lowest:  # full: the last weights are what is written, whatever came before
                 best = math.inf if val_loss is None else val_loss
             if args.method != "full" and lowest:
@@ -317,7 +319,7 @@ def main() -> None:
                     write_adapter(path, factors, base, args.method, args.rank, args.scale, ablations(args))
 
         saving = done or stopping or (step + 1) % args.save_interval == 0
-        if saving and optimizer.state:  # before its first step there is nothing to save, and the library would take one
+        if saving and optimizer.state:  # empty before the first step, and the library would then take a step of its own
             weights = dcp.get_model_state_dict(model, options=gather)  # as above, all of them call it
             moments = dcp.get_optimizer_state_dict(model, optimizer, options=gather)
             if rank == 0:
@@ -337,8 +339,8 @@ def main() -> None:
     if rank == 0:
         write_result(out_dir, model, ckpt, base, args, plan.steps)
         if first <= best < math.inf:  # inf: nothing is held out
-            held = "its last weights" if args.method == "full" else "the best of it"
-            log(f"note: the run only harmed: validation loss {first:.4f} at step 0, {best:.4f} in merged.pt, {held}")
+            which = "its last weights" if args.method == "full" else "the best of it"
+            log(f"note: the run only harmed: validation loss {first:.4f} at step 0, {best:.4f} in merged.pt, {which}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,12 +404,9 @@ def default_lr(method: str, config: LlamaConfig, steps: int) -> tuple[float, str
         base * (4096 / width)^power * (the paper's steps / steps)^(1/3)       no factor is below 1
 
     At LLaMA-7B's width or above and the paper's steps (1,173, at 30B 588, from 65B on 391) it is `base` (`LR`). The
-    powers are fitted to the best rates of pruned models of width 96 and 192 and 20 to 100 steps, which bench/rates.py
-    measured (assets/rates.jsonl): each default is within a factor of 2 of the best (tests/test_train.py). In between
-    lies SmolLM2-135M (576 wide, Wanda 0.75), where with 21 steps 6e-2 was reported best for SPP, and for masked and
-    LoRA* the highest that was tried, 1e-3 and 5e-3: they get 4e-2, 1e-3 and 4e-3. With 84 smaller steps 2e-3 was better
-    for masked than 1e-3, and it gets 6e-4. Nothing else is known of the widths from 192 to 4,096, and of pretraining
-    only the demo's 8e-3. A method of your own takes SPP's.
+    powers are fitted to the best rates at widths of 96 and 192 and 20 to 100 steps (bench/rates.py): each default is
+    within a factor of 2 of the best there. In between only SmolLM2-135M (width 576) was looked at. A method of your own
+    takes SPP's.
     """
     size = paper_size(config)
     paper_lr, _, batch_size, epochs = PAPER[size]
@@ -530,17 +529,18 @@ class Plan:
         return order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
-# Tokens that take as long as what a micro-batch costs at any length, forming W^ and reducing G. By count it is 500 on
-# an H100, measured (bench/linear.py) it is about 50 on a CPU; one number between them, so that both cut alike.
+# What a micro-batch costs whatever its length (forming W^ and reducing G), as the number of tokens that take as long:
+# about 50 on a CPU (measured, bench/linear.py), 500 on an H100 (12 bytes a weight through its memory, counted). One
+# number between them, so that the cut, and with it rounding, does not depend on the device.
 FIXED_COST = 250
 
 
 def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world: int) -> list[list[list[int]]]:
     """Cuts a global batch into micro-batches, a list of them for each process.
 
-    Sorted by length, examples that lie together pad little. Every process gets the same number of micro-batches
-    (FSDP's collectives count on it): that of the least work, padding and FIXED_COST counted. The cut is made under the
-    lowest limit that gives no more of them, so that all are about the same work and the processes finish together.
+    Sorted by length, examples that lie together pad little. Every process gets the same number of micro-batches, since
+    FSDP's collectives wait for each other: 1, 2, 3, ... are tried, and the number of the least work taken, padding and
+    FIXED_COST counted. For each, the cut is the most even one: under the lowest limit that needs no more of them.
     """
     indices = np.sort(indices)  # so that the cut does not depend on their order
     sizes = lengths[indices].tolist()
@@ -553,7 +553,7 @@ def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world
             least, parts = work, cut
         count += world
     parts = [[int(indices[i]) for i in part] for part in parts]
-    parts += [[]] * (-len(parts) % world)
+    parts += [[]] * (-len(parts) % world)  # empty ones, where some process would have one less
     # Neighbours are of about the same length: taken in turn, they give the processes equal work at the same time.
     return [parts[rank::world] for rank in range(world)]
 
@@ -761,7 +761,7 @@ def state_is_whole(state: dict, model: Llama) -> bool:
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
         grouped = [name for group in optimizer["param_groups"] for name in group["params"]]
-        losses = type(state["first"]) is type(state["best"]) is float
+        losses = isinstance(state["first"], float) and isinstance(state["best"], float)
         return losses and shapes == expected and found == moments and sorted(grouped) == sorted(learning)
     except (KeyError, TypeError, AttributeError):  # edited by hand
         return False
@@ -783,8 +783,10 @@ def trim_log(file: Path, step: int) -> None:
 
 def write_line(file: object, line: dict) -> None:
     """A line of log.jsonl. What is not finite is null: JSON has no NaN."""
-    finite = {k: x for k, x in line.items() if not isinstance(x, float) or math.isfinite(x)}
-    file.write(json.dumps(dict.fromkeys(line) | finite) + "\n")
+    for key, x in line.items():
+        if isinstance(x, float) and not math.isfinite(x):
+            line[key] = None
+    file.write(json.dumps(line) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -868,8 +870,8 @@ def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> 
 
 
 def check_finite(step: int, numbers: dict[str, float | None], ckpt: Checkpoint | None) -> None:
-    """UserError where a number of this step is none, before it is the best, or in a state, an adapter or a model. The
-    cause is named where it is known: a checkpoint that holds NaN or Inf."""
+    """UserError where a number of this step is NaN or Inf, before it counts as the best or anything is saved; None,
+    where there was nothing to measure, passes. A cause is named where it is known: a checkpoint with NaN or Inf."""
     bad = [f"the {what} of step {step} is {x}" for what, x in numbers.items() if x is not None and not math.isfinite(x)]
     if not bad:
         return
