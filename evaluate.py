@@ -62,6 +62,7 @@ import ast
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -583,23 +584,19 @@ class Blocks(nn.Module):
         self.stay = block * config.num_hidden_layers <= STAY
         self.nbytes = block * (config.num_hidden_layers if self.stay else 2)  # of those in memory at the same time
         self.kept = []
-        self.sparsity = None  # the share of zeros in the linears, once a walk has seen them all
 
     def __iter__(self) -> Iterator[Block]:
         if self.kept:
             yield from self.kept
             return
-        kept, zeros, size = [], 0, 0
+        kept = []
         for i, block in enumerate(self.stream()):
-            for linear in linears_of(block).values():
-                zeros += count_zeros(linear.weight)
-                size += linear.weight.numel()
             if self.semi_structured:
                 to_semi_structured(block, f"layers.{i}")
             if self.stay:
                 kept.append(block)
             yield block
-        self.kept, self.sparsity = kept, zeros / size
+        self.kept = kept
 
 
 def open_model(
@@ -619,8 +616,10 @@ def open_model(
     return model
 
 
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def share_of_zeros(ckpt: Checkpoint) -> float:
+    """The share of zeros in the blocks' linears: the model's sparsity."""
+    linears = [name for name in ckpt if name.endswith("_proj.weight")]
+    return sum(count_zeros(ckpt[name]) for name in linears) / sum(ckpt.meta[name].numel() for name in linears)
 
 
 def check_semi_structured(device: str, dtype: torch.dtype) -> None:
@@ -633,7 +632,9 @@ def check_semi_structured(device: str, dtype: torch.dtype) -> None:
 
 def to_semi_structured(block: nn.Module, where: str) -> None:
     """Runs a block's 2:4 linears on the GPU's sparse matrix units. UserError for one that cannot be converted."""
-    for name, linear in linears_of(block).items():
+    for name, linear in block.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
         if linear.in_features % 4 or (linear.weight.view(-1, 4) != 0).sum(1).max() > 2:
             raise UserError(f"--semi_structured: {where}.{name} is not 2:4 (a group of 4 has more than 2 non-zeros)")
         try:
@@ -669,11 +670,10 @@ def score(
     max_tokens: of a batch at most, padding and prefix counted. save: called with each chunk that is done. bar: whether
     to show one. UserError where a score is not finite, and where a block does not fit the device.
     """
-    rank, world = rank_and_world()
-    batches = cut_rows(parts, max_tokens)[rank::world]
+    batches = own_share(cut_rows(parts, max_tokens), *rank_and_world())
     chunks, home = cut_batches(model, batches)
     n_rows, total = 0, sum(len(numbers) for _, numbers in batches)
-    quiet = None if bar and rank == 0 else True  # None: a bar where stderr is a terminal
+    quiet = None if bar else True  # None: a bar where stderr is a terminal
     steps = len(chunks) * model.config.num_hidden_layers
     with tqdm(desc="scoring", total=steps, unit="block", disable=quiet) as progress:
         for chunk in chunks:
@@ -703,6 +703,17 @@ def cut_rows(parts: list[Part], max_tokens: int) -> list[Rows]:
     return batches
 
 
+def padded_tokens(part: Part, numbers: list[int]) -> int:
+    return len(numbers) * len(part.rows[numbers[0]].tokens)  # the first is the longest
+
+
+def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
+    """The batches of a process: neighbours, so that few processes run the same prefix, and as many tokens as others."""
+    ends = list(itertools.accumulate(padded_tokens(*batch) for batch in batches))
+    middles = [end - padded_tokens(*batch) / 2 for end, batch in zip(ends, batches, strict=True)]
+    return [batch for batch, middle in zip(batches, middles, strict=True) if int(middle * world / ends[-1]) == rank]
+
+
 def cut_batches(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], torch.device]:
     """Chunks of batches, as large as memory allows, and where hidden states wait: on the device, or in host memory if
     that has more room. UserError where not even a block and a batch fit the device."""
@@ -724,24 +735,31 @@ def cut_batches(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     shared = isinstance(blocks, Blocks) and not blocks.stay
     chunks, n_tokens, n_bytes = [], 0, 0
     for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
-        n_tokens += sum(len(part.rows[i].tokens) for i in numbers)
-        n_bytes += waiting
-        full = n_tokens > CHUNK[weight.device.type] or n_bytes > room
+        tokens = padded_tokens(part, numbers)
+        full = n_tokens + tokens > CHUNK[weight.device.type] or n_bytes + waiting > room
         if full or not chunks or not (shared or chunks[-1][0][0] is part):
             chunks.append([])
-            n_tokens, n_bytes = sum(len(part.rows[i].tokens) for i in numbers), waiting
+            n_tokens = n_bytes = 0
         chunks[-1].append((part, numbers))
+        n_tokens += tokens
+        n_bytes += waiting
     return chunks, home
 
 
 def batch_bytes(config: LlamaConfig, dtype: torch.dtype, part: Part, numbers: list[int]) -> tuple[int, int]:
-    """Bytes of a batch: while it waits for a block, and at most while it is in one, or its targets are scored."""
-    S, past = max(len(part.rows[i].tokens) for i in numbers), part.past()
-    state = config.hidden_size + 2 * config.head_dim  # x, cos, sin
-    waiting = len(numbers) * S * (state * dtype.itemsize + past + S)  # a byte of the mask for each key
-    # What a token keeps alive in a block, as if all were float32
-    working = len(numbers) * (past + S) * 4 * (8 * config.hidden_size + 6 * config.intermediate_size)
-    return waiting, max(working, 3 * 4 * LOGITS * config.vocab_size)
+    """Bytes of a batch: while it waits for a block, and more while it is in one, or its targets are scored."""
+    c, size, B, S = config, dtype.itemsize, len(numbers), len(part.rows[numbers[0]].tokens)
+    keys = part.past() + S
+    waiting = B * S * ((c.hidden_size + 2 * c.head_dim) * size + keys)  # x, cos, sin; a byte of the mask for each key
+    working = B * S * 3 * (c.hidden_size + c.intermediate_size) * size  # the MLP's three, residual, input, output
+    causal = keys == S and all(len(part.rows[i].targets) == 1 for i in numbers)
+    heads, groups = 1, c.num_key_value_heads
+    if groups < c.num_attention_heads and not (causal and size == 2):
+        heads = groups = c.num_attention_heads  # the GPU kernel that is left writes the scores of all heads, twice
+    working += B * keys * 3 * groups * c.head_dim * size  # keys and values, and either while it is put together
+    working += B * S * keys * heads * 8  # scores, or the mask as numbers
+    logits = 3 * 4 * LOGITS * c.vocab_size
+    return waiting, max(working, logits) * 4 // 3  # a third is for what is freed in one size and needed in another
 
 
 def free_memory(device: torch.device) -> int:
@@ -804,7 +822,7 @@ def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: l
 
 def embed(model: Llama, rows: list[Row], past: int, home: torch.device) -> Batch:
     """A batch before its first block. past: tokens of the prefix, left of it. home: where it waits."""
-    S = max(len(row.tokens) for row in rows)
+    S = len(rows[0].tokens)  # the longest
 
     def padded(lists: list[list[int]]) -> Tensor:
         """(B, S): rows filled up with what they begin with, so that what is not finite is never the padding's."""
@@ -1022,20 +1040,19 @@ def samples_file(folder: str, name: str) -> Path:
     return Path(folder) / f"samples_{name}.jsonl"
 
 
-def read_scores(work: Path) -> tuple[dict[str, dict[int, list[Score]]], float | None]:
-    """What an interrupted command has left in a folder: ({key of a part: {row: its scores}}, the model's sparsity)."""
-    known, sparsity = {}, None
+def read_scores(work: Path) -> dict[str, dict[int, list[Score]]]:
+    """What an interrupted command has left in a folder: {key of a part: {row: its scores}}."""
+    known = {}
     for file in sorted(work.glob("chunk-*.json")):
         saved = read_json(file, dict)
         check_version(saved.get("version"), file)
         try:
-            sparsity = float(saved["sparsity"])
             for key, rows in saved["scores"].items():
                 scores = {int(row): [(float(value), bool(hit)) for value, hit in choices] for row, choices in rows}
                 known.setdefault(key, {}).update(scores)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{file}: is damaged; remove {work} to begin again") from None
-    return known, sparsity
+    return known
 
 
 def percent(result: dict, metric: str) -> str:
@@ -1122,29 +1139,22 @@ def main() -> None:
     # --- the processes, and the folder OUT.partial, which rank 0 alone reads: all must leave out the same rows
     rank, world = join_processes(args.device)
     work = Path(f"{args.out}.partial")
-    shared = [None, None, None]
+    shared = [None, None]
     if rank == 0:
         held = lock(work)  # noqa: F841  until the process ends
-        known, sparsity = read_scores(work)
+        known = read_scores(work)
         check_dtype(ckpt, dtype)
-        shared = [ckpt.fingerprint(), known, sparsity]
+        shared = [ckpt.fingerprint(), known]
         if args.ppl and limit < seqlen:
             print(f"note: --seqlen {seqlen}: is more than the model's {limit} positions", file=sys.stderr)
     if world > 1:
         dist.broadcast_object_list(shared)
-    fingerprint, known, sparsity = shared
+    fingerprint, known = shared
 
     # --- the parts, with the scores that an interrupted command has left. What these depend on is a part's key; neither
     # --max_tokens nor --device is in it: when memory runs out, another one may go on.
-    settings = [
-        fingerprint,
-        tokenizer.fingerprint,
-        args.add_bos,
-        args.no_sharing,
-        args.semi_structured,
-        str(dtype),
-        limit,
-    ]
+    flags = [args.add_bos, args.no_sharing, args.semi_structured, str(dtype)]
+    settings = [fingerprint, tokenizer.fingerprint, *flags, limit]
     task_parts, text_parts = {}, {}
     for name, documents in tasks.items():
         task_parts[name] = encode_task(documents, tokenizer, args.add_bos, limit, not args.no_sharing)
@@ -1158,28 +1168,22 @@ def main() -> None:
 
     # --- the walks, each chunk's scores kept in a file of its own
     model = open_model(ckpt, config, torch.device(args.device), dtype, args.semi_structured)
-    blocks = model.model.layers
 
     def save(chunk: list[Rows]) -> None:
         scores = {}
         for part, numbers in chunk:
             scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)
-        saved = {"version": VERSION, "sparsity": blocks.sparsity, "scores": scores}
-        write_json(work / f"chunk-{digest(scores)}.json", saved)
+        write_json(work / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
 
-    score(model, parts, args.max_tokens, save, bar=True)
-    if blocks.sparsity is not None:
-        sparsity = blocks.sparsity
+    score(model, parts, args.max_tokens, save, bar=rank == 0)
 
     # --- the only time that processes wait for each other: rank 0 gets what the others have scored
     if world > 1:
         gathered = [None] * world
-        dist.all_gather_object(gathered, ([part.scores for part in parts], sparsity))
-        for scores, seen in gathered:
+        dist.all_gather_object(gathered, [part.scores for part in parts])
+        for scores in gathered:
             for part, own in zip(parts, scores, strict=True):
                 part.scores.update(own)
-            if seen is not None:  # a process without a share has seen no block
-                sparsity = seen
         dist.destroy_process_group()
     if rank > 0:
         return
@@ -1193,7 +1197,7 @@ def main() -> None:
     for name, part in text_parts.items():
         ppl[name] = text_results(part, seqlen)
     results.update(aggregates(results))
-    head = {"ckpt": args.ckpt, "history": ckpt.history, "sparsity": sparsity, "add_bos": args.add_bos}
+    head = {"ckpt": args.ckpt, "history": ckpt.history, "sparsity": share_of_zeros(ckpt), "add_bos": args.add_bos}
     write_json(args.out, {"version": VERSION, **head, "results": results, "perplexity": ppl})
     shutil.rmtree(work, ignore_errors=True)
     print(table(results, ppl))

@@ -3,6 +3,7 @@
     python -m venv .venv-lm-eval && .venv-lm-eval/bin/pip install torch==2.13.0 lm_eval==0.4.13 transformers accelerate
     python bench/evaluate.py --python .venv-lm-eval/bin/python --tokenizer tiny_llama --tasks samples_arc_easy.jsonl ... --add_bos
     python bench/evaluate.py --python .venv-lm-eval/bin/python --ckpt SmolLM2-135M-Instruct --tasks samples_arc_easy.jsonl ...
+    python bench/evaluate.py --memory 2 4 8 --tokenizer stories260K --tasks samples_arc_easy.jsonl --limit 3
 
 --ckpt is a Hugging Face directory. With --tokenizer, a directory that has LLaMA's tokenizer.model and tokenizer.json, a
 random LLaMA of about 58M parameters is made on the spot: accuracies are chance, but the work is real. --tasks are
@@ -10,8 +11,11 @@ samples files, from lm-eval's dummy model or from data/lm_eval/prepare.py. lm-ev
 choices as a task of its own, with each of --batch_sizes. On either side the clock runs from rendered documents to
 metrics, with the model already loaded: lm-eval's simple_evaluate, our run_task. "difference" is the largest of any
 choice's log-likelihood here and there.
+
+--memory: peak resident memory of evaluate.py on models of that many blocks of LLaMA-2 70B's shapes, random bfloat16.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -26,10 +30,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.checkpoint import UserError  # noqa: E402
+from bench.prune import noise  # noqa: E402
+from data.checkpoint import UserError, write_checkpoint  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from evaluate import Document, read_task, run_task  # noqa: E402
-from model import Llama, LlamaConfig, Parser, cli, load, number, save  # noqa: E402
+from model import PRESETS, Block, Llama, LlamaConfig, Parser, cli, load, number, save  # noqa: E402
 
 YAML = """task: bench_task
 dataset_path: json
@@ -92,9 +97,35 @@ def lm_eval(python: str, model: Path, tasks: Path, add_bos: bool, batch: int) ->
     return json.loads(out.read_text())
 
 
+def memory(n_blocks: int, tokenizer: Path, tasks: list[Path], limit: int) -> tuple[int, int, int]:
+    """Bytes of evaluate.py's peak resident memory on n blocks of LLaMA-2 70B's shapes, of one block, and the number of
+    tokens that were scored: `limit` documents of each task, in the tokenizer's small vocabulary."""
+    pieces = load_tokenizer(tokenizer)
+    config = dataclasses.replace(PRESETS["llama-2-70b"], num_hidden_layers=n_blocks, vocab_size=pieces.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        ckpt = noise(config)
+        ckpt.tokenizer = pieces.data
+        write_checkpoint(ckpt, folder / "model")
+        files = []
+        for path in tasks:
+            files.append(folder / path.name)
+            files[-1].write_text("".join(path.read_text().splitlines(keepends=True)[:limit]))
+        command = [sys.executable, ROOT / "evaluate.py", "--ckpt", folder / "model", "--tasks", *files]
+        command += ["--device", "cpu", "--out", folder / "r.json"]
+        child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status != 0:
+            raise UserError("evaluate.py failed")
+        results = json.loads((folder / "r.json").read_text())["results"]
+    with torch.device("meta"):
+        block = 2 * sum(w.numel() for w in Block(config).parameters())
+    return usage.ru_maxrss * 1024, block, sum(result["tokens"] for result in results.values())
+
+
 def main():
     parser = Parser(description="Wall time and scores of evaluate.py against lm-eval's.")
-    parser.add_argument("--python", required=True, help="an interpreter that has lm_eval")
+    parser.add_argument("--python", help="an interpreter that has lm_eval")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--ckpt", type=Path, help="the model, a Hugging Face directory")
     model.add_argument("--tokenizer", type=Path, help="a random model with this directory's tokenizer")
@@ -103,7 +134,16 @@ def main():
     parser.add_argument("--limit", type=number(int, 1), default=100, help="documents of each task")
     parser.add_argument("--batch_sizes", type=number(int, 1), nargs="+", default=[1, 8], help="of lm-eval")
     parser.add_argument("--repeats", type=number(int, 1), default=2)
+    parser.add_argument("--memory", type=number(int, 1), nargs="+", metavar="BLOCKS", help="peak memory in its place")
     args = parser.parse_args()
+    if args.memory:
+        print("| blocks | peak resident memory | one block | tokens |\n|---|---|---|---|")
+        for n in args.memory:
+            peak, block, tokens = memory(n, args.tokenizer, args.tasks, args.limit)
+            print(f"| {n} | {peak / 1e9:.2f} GB | {block / 1e9:.2f} GB | {tokens:,} |", flush=True)
+        return
+    if not args.python:
+        raise UserError("--python: is needed, an interpreter that has lm_eval")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, float32, one thread, medians of {args.repeats} paired repeats\n")
     batches = " | ".join(f"lm-eval, batch {batch}" for batch in args.batch_sizes)

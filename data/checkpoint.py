@@ -535,7 +535,7 @@ def torch_tensors(path: Path, key: str | None = None) -> Tensors:
     """The tensors of a PyTorch file. The file is mapped anew for each, so that pages read earlier do not stay in memory
     while a large model is walked; one of before 1.6, which cannot be mapped, is read once and kept."""
     state = torch_state(path, key)
-    get = state.get if is_legacy(path) else lambda name: torch_state(path, key)[name]
+    get = (lambda name: state[name].clone()) if is_legacy(path) else (lambda name: torch_state(path, key)[name])
     return {name: (w.to("meta"), functools.partial(get, name)) for name, w in state.items()}
 
 

@@ -8,14 +8,14 @@
 # $LLAMAS holds the dense models under the names of train.py's presets (llama-7b, llama-2-70b, ...), each a Hugging Face or
 # a Meta directory. Results go to $OUT/MODEL/NAME.json, checkpoints beside them. What exists is not made again, so that a
 # killed script goes on when it is started again, and tables that share models share the work. The settings are the
-# paper's, by size (PAPER in train.py); 30B and larger are sharded. evaluate.py holds a whole model on each GPU: 65B and 70B
-# do not fit 80 GB in bfloat16. MODELS, such as "llama-7b llama-13b", are the models to take in place of a script's own.
+# paper's, by size (PAPER in train.py); 30B and larger are sharded. evaluate.py has two blocks of a model on each GPU, of
+# any size. MODELS, such as "llama-7b llama-13b", are the models to take in place of a script's own.
 #
 # GPU-hours in the scripts are estimated, not measured: FLOPs at 40% of an A100's 312 TFLOP/s in bfloat16. Per token and
 # weight of the blocks' linears: SPP 6 FLOPs (3 units), LoRA 4, and 2 more where activations are recomputed (30B and
-# larger); evaluation 2. Tokens: Alpaca 50,002 records of 120 (assumed) in each epoch; the seven tasks 3.0 million
-# (assumed), MMLU with shared examples 2.6 million, WikiText-2 0.34 million; pruning runs 128 x 2,048 tokens twice, and
-# SparseGPT's statistics cost about as much again. tests/test_runs.py recomputes the figures.
+# larger); evaluation 2, behind which blocks are read. Tokens: Alpaca 50,002 records of 120 (assumed) in each epoch; the
+# seven tasks 3.0 million (assumed), MMLU with shared examples 2.6 million, WikiText-2 0.34 million; pruning runs
+# 128 x 2,048 tokens twice, and SparseGPT's statistics cost about as much again. tests/test_runs.py recomputes the figures.
 set -e
 GPUS=${GPUS:-8} LLAMAS=${LLAMAS:-models} OUT=${OUT:-out/paper} TASKS=${TASKS:-data/lm_eval}
 WIKITEXT=${WIKITEXT:-data/wikitext2_test.txt} # the raw test set as one file

@@ -1,8 +1,6 @@
 #!/bin/sh
 # Table 7: zero-shot accuracy of LLaMA-2 7B to 70B, pruned to 50% and 2:4 by SparseGPT and Wanda, and after SPP.
 # 12 trainings; about 61 A100 GPU-hours (an estimate: see runs/paper.sh).
-# evaluate.py holds a whole model on each GPU: with GPUs of 80 GB this script stops at llama-2-70b. To leave it out:
-#   MODELS="llama-2-7b llama-2-13b" sh runs/table7.sh
 MODELS=${MODELS:-llama-2-7b llama-2-13b llama-2-70b}
 . runs/paper.sh
 

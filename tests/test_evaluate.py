@@ -12,14 +12,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from conftest import SHARED, needs_shared
-from forks import ROOT, Job
+from forks import FORKS, ROOT, Job
 
 import evaluate
+from bench.memory import LiveBytes
 from data.checkpoint import UserError
 from data.tokenizer import load_tokenizer
 from evaluate import (
@@ -38,7 +40,7 @@ from evaluate import (
     rolling_windows,
     run_task,
 )
-from model import cli, load, save
+from model import PRESETS, Llama, LlamaConfig, cli, load, save
 
 SAMPLES = SHARED / "lm_eval" / "samples"
 
@@ -501,6 +503,159 @@ def test_a_word_perplexity_beyond_a_float_is_none():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the walk
+
+
+def plain(model, choices: list[Request]) -> list[float]:
+    """log p of each choice's targets: one forward pass of the whole model for each, and a sum."""
+    scores = []
+    for tokens, targets in choices:
+        with torch.no_grad():
+            logp = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        scores.append(sum(logp[p, t].item() for p, t in zip(range(-len(targets), 0), targets, strict=True)))
+    return scores
+
+
+@needs_shared
+@pytest.mark.parametrize("limit", [2, pytest.param(40, marks=pytest.mark.stress)])
+def test_every_choice_of_every_real_file_scores_as_the_whole_models_logits_say(monkeypatch, limit):
+    """On the published stories260K, in memory and streamed."""
+    folder = SHARED / "stories260K" / "hf"
+    whole, tokenizer = load(folder, torch.float32)
+    monkeypatch.setattr(evaluate, "STAY", 0)
+    ckpt, config = evaluate.open_llama(folder)
+    streamed = evaluate.open_model(ckpt, config, torch.device("cpu"), torch.float32)
+    files = sorted(SAMPLES.glob("hf_*.jsonl"))
+    assert len(files) > 15
+    for path in files:
+        _, documents = read_task(path)
+        documents = documents[:limit]
+        add_bos, length = "nobos" not in path.name, config.max_position_embeddings
+        _, scores = run_task(whole, tokenizer, documents, add_bos)
+        assert run_task(streamed, tokenizer, documents, add_bos)[1] == scores
+        for document, s in zip(documents, scores, strict=True):
+            if document.rolling:
+                tokens = tokenizer.encode(document.pairs[0][0])
+                tokens = [tokenizer.bos] * add_bos + tokens
+                expected = [sum(plain(whole, rolling_windows(tokens, tokenizer.bos, length)))]
+            else:
+                expected = plain(whole, [encode_pair(tokenizer, *p, add_bos, length) for p in document.pairs])
+            assert [value for value, _ in s] == pytest.approx(expected, rel=1e-5, abs=1e-5), path.name
+
+
+@pytest.fixture
+def small_smollm2(tokenizer, tmp_path) -> Path:
+    """Grouped keys, tied embeddings, more blocks than are in memory: SmolLM2's shapes, an eighth as wide."""
+    torch.manual_seed(0)
+    config = LlamaConfig(256, 72, 192, 6, 9, 3, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    model = Llama(config)
+    for p in model.model.layers.parameters():
+        if p.dim() == 2:
+            p.data.mul_(5)
+    save(model, tmp_path / "smol", tokenizer)
+    return tmp_path / "smol"
+
+
+def test_one_two_and_three_processes_give_the_plain_scores(small_smollm2, tmp_path):
+    files = [write(tmp_path / f"samples_{n}.jsonl", made_up(n, seed=n)) for n in (7, 4)]
+    flags = ("--tasks", *files, "--max_tokens", 150)
+    for processes in (1, 2, 3):
+        log = ("--log_samples", tmp_path / str(processes))
+        run(small_smollm2, tmp_path / f"{processes}.json", *flags, *log, processes=processes)
+    model, tokenizer = load(small_smollm2)
+    for file in files:
+        first, *others = ((tmp_path / str(n) / file.name).read_text() for n in (1, 2, 3))
+        assert [first, first] == others
+        for line, document in zip(first.splitlines(), read_task(file)[1], strict=True):
+            ours = [float(value) for value, _ in json.loads(line)["filtered_resps"]]
+            expected = plain(model, [encode_pair(tokenizer, *pair, False, 2048) for pair in document.pairs])
+            assert ours == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("stay, chunks, reads", [(2**30, 3, 1), (0, 1, 1)])
+def test_parts_share_a_walk_where_each_walk_reads_the_model(
+    random_checkpoint, tmp_path, main, monkeypatch, stay, chunks, reads
+):
+    files = [write(tmp_path / f"samples_{n}.jsonl", made_up(n, seed=n)) for n in (12, 9)]
+    (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
+    flags = ("--tasks", *files, "--ppl", tmp_path / "text.txt", "--seqlen", 64)
+    main(random_checkpoint, tmp_path / "r.json", *flags)
+    calls, walk, stream = [], evaluate.walk, evaluate.stream_blocks
+    monkeypatch.setattr(evaluate, "STAY", stay)
+    monkeypatch.setattr(evaluate, "walk", lambda *args: (calls.append("walk"), walk(*args)))
+    monkeypatch.setattr(evaluate, "stream_blocks", lambda *args: (calls.append("stream"), stream(*args))[1])
+    main(random_checkpoint, tmp_path / "again.json", *flags)
+    assert calls.count("walk") == chunks and calls.count("stream") == reads
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "r.json").read_text()
+
+
+def fixed_memory(monkeypatch, **sizes) -> None:
+    """Makes so many bytes free on each kind of device."""
+    monkeypatch.setattr(evaluate, "free_memory", lambda device: int(sizes[device.type]))
+
+
+def on_gpu(config: LlamaConfig, dtype=torch.bfloat16) -> SimpleNamespace:
+    """What `cut_batches` looks at of a model whose blocks are streamed to a GPU."""
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    blocks = evaluate.Blocks(None, config, weight.device, dtype, False)
+    layers = SimpleNamespace(layers=blocks)
+    return SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=weight), model=layers)
+
+
+def mmlu(subjects=57, documents=246, past=600, length=100) -> list[evaluate.Part]:
+    """5-shot MMLU, as large as it is: one-token choices behind five examples."""
+    row = lambda n, targets: evaluate.Row(
+        [5] * n, list(range(past, past + n)), [0] * n, [[n - 1]] * targets, [[7]] * targets
+    )
+    return [evaluate.Part(row(past, 0), [row(length, 4)] * documents, []) for _ in range(subjects)]
+
+
+def test_hidden_states_wait_where_there_is_room(monkeypatch):
+    model, batches = on_gpu(PRESETS["llama-2-70b"]), evaluate.cut_rows(mmlu(), 8192)
+    states = 57 * 246 * 100 * 2 * 8192
+    fixed_memory(monkeypatch, cuda=8e9 + states, cpu=1e9)
+    [*chunks], home = evaluate.cut_batches(model, batches)
+    assert home.type == "cuda" and len(chunks) == math.ceil(57 * 246 * 100 / evaluate.CHUNK["cuda"])
+    fixed_memory(monkeypatch, cuda=8e9, cpu=2.5 * states)
+    more, home = evaluate.cut_batches(model, batches)
+    assert home.type == "cpu" and more == chunks
+    fixed_memory(monkeypatch, cuda=8e9, cpu=1e9)
+    more, home = evaluate.cut_batches(model, batches)
+    assert home.type == "cuda" and len(more) > len(chunks)
+    assert [batch for chunk in more for batch in chunk] == batches
+
+
+def test_a_block_that_does_not_fit_is_one_line(random_checkpoint, folder, refused, monkeypatch):
+    fixed_memory(monkeypatch, cpu=1e5)
+    said = refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+    assert re.search(
+        r"--device cpu: blocks and a batch take [\d.]+ GB, and 0.00 GB are free; what helps: a smaller", said
+    )
+
+
+def test_processes_have_neighbouring_batches_and_like_shares():
+    batches = evaluate.cut_rows(mmlu(), 8192)
+    shares = [evaluate.own_share(batches, rank, 8) for rank in range(8)]
+    assert [batch for share in shares for batch in share] == batches
+    tokens = [sum(evaluate.padded_tokens(*batch) for batch in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 2 * max(evaluate.padded_tokens(*batch) for batch in batches)
+    assert evaluate.own_share(batches[:1], 0, 2) + evaluate.own_share(batches[:1], 1, 2) == batches[:1]
+
+
+def test_the_prefix_does_not_multiply_memory_by_the_rows():
+    """However many rows it serves: what is alive at the peak of a walk grows by no more than the rows' own states."""
+    model = Llama(LlamaConfig(256, 32, 64, num_hidden_layers=2, num_attention_heads=4)).requires_grad_(False)
+    peaks = []
+    for n in (8, 80):
+        [part] = mmlu(1, n, past=500, length=10)
+        with LiveBytes() as live:
+            evaluate.score(model, [part], max_tokens=4096)
+        peaks.append(live.peak)
+    state = 4 * (32 + 2 * 8) + 510  # of a token: x, cos and sin, and the mask
+    assert peaks[1] - peaks[0] < 1.5 * 72 * 10 * state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # perplexity
 
 
@@ -554,7 +709,7 @@ def test_results_and_samples_have_their_documented_keys(random_checkpoint, tmp_p
     assert len(again) == 12 and all(len(d.record["filtered_resps"]) == 4 for d in again)
 
 
-def test_two_processes_give_identical_results(random_checkpoint, tmp_path):
+def test_two_processes_give_identical_results_of_texts_too(random_checkpoint, tmp_path):
     tasks = write(tmp_path / "samples_t.jsonl", made_up(20))
     (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
     for processes in (1, 2):
@@ -661,6 +816,52 @@ def test_a_killed_command_goes_on_when_it_is_given_again(random_checkpoint, tmp_
         run(random_checkpoint, tmp_path / out, *flags)
     assert (tmp_path / "r.json").read_text() == (tmp_path / "at_once.json").read_text()
     assert not (tmp_path / "r.json.partial").exists()
+
+
+def streamed_in_small_chunks(line: list[str], walked: Path) -> None:
+    """What a forked process does: the command with a model that does not stay, a few rows in a chunk. It notes the rows
+    of each chunk as it begins."""
+    walk, evaluate.STAY, evaluate.CHUNK = evaluate.walk, 0, {"cpu": 150}
+
+    def noted(model, chunk, *args):
+        with open(walked, "a") as f:
+            f.writelines(f"{part.key} {i}\n" for part, numbers in chunk for i in numbers)
+        walk(model, chunk, *args)
+
+    evaluate.walk, sys.argv = noted, line
+    cli(evaluate.main)
+
+
+@pytest.mark.stress
+def test_killed_ten_times_nothing_is_scored_twice_and_the_results_are_the_same(small_smollm2, tmp_path):
+    rng = random.Random(0)
+    files = [write(tmp_path / f"samples_{name}.jsonl", made_up(60, i)) for i, name in enumerate("ab")]
+    (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 400)
+    flags = ("--tasks", *files, "--ppl", tmp_path / "text.txt", "--seqlen", 64, "--max_tokens", 100)
+    run(small_smollm2, tmp_path / "whole.json", *flags, "--log_samples", tmp_path / "whole")
+    out, walked, kills = tmp_path / "r.json", tmp_path / "walked", 0
+    line = command(small_smollm2, out, *flags, "--log_samples", tmp_path / "log")
+    while not out.exists():
+        known = set()
+        for file in (tmp_path / "r.json.partial").glob("chunk-*.json"):
+            known |= {f"{key} {i}" for key, rows in json.loads(file.read_text())["scores"].items() for i, _ in rows}
+        walked.write_text("")
+        process = FORKS.Process(target=streamed_in_small_chunks, args=(line, walked))
+        process.start()
+        while kills < 10 and process.is_alive() and not walked.read_text():  # until it is at work
+            time.sleep(0.005)
+        process.join(rng.uniform(0, 0.2) if kills < 10 else 120)
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        lines = walked.read_text().splitlines()
+        assert len(lines) == len(set(lines)) and known.isdisjoint(lines)
+    assert kills == 10
+    assert out.read_text() == (tmp_path / "whole.json").read_text()
+    for file in files:
+        assert (tmp_path / "log" / file.name).read_text() == (tmp_path / "whole" / file.name).read_text()
 
 
 def test_a_second_command_with_the_same_out_at_the_same_time_is_refused(random_checkpoint, tmp_path, refused):
@@ -835,10 +1036,9 @@ def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatc
         ("[]", "is a JSON list, expected a dict"),
         ('{"scores": {}}', "has no version, expected 1"),
         ('{"version": 2, "scores": {}}', "has version 2, expected 1"),
-        ('{"version": 1, "sparsity": 0.5, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
-        ('{"version": 1, "sparsity": 0.5, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
-        ('{"version": 1, "sparsity": null, "scores": {}}', "is damaged; remove r.json.partial to begin again"),
-        ('{"version": 1, "sparsity": 0.5}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
+        ('{"version": 1}', "is damaged; remove r.json.partial to begin again"),
     ],
 )
 def test_broken_partial_results_are_one_line(random_checkpoint, folder, refused, content, words):

@@ -1,6 +1,7 @@
 """bench/memory.py: what it counts is what a run takes, and what train.py would refuse it refuses."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -12,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_evaluate import mmlu, on_gpu
 from test_runs import PAPER, ROOT, script, trainings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import evaluate
 import train
 from bench import memory
+from bench.evaluate import memory as evaluate_memory
 from data.checkpoint import UserError
 from model import PRESETS, Llama, LlamaConfig, save
 from spp import METHODS
@@ -71,6 +76,52 @@ def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path):
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     peak = max(json.loads(line).get("peak_memory", 0) for line in lines)
     assert (peak - int(alone.stdout)) / 2**30 == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.stress
+def test_memory_of_scoring_does_not_grow_with_the_blocks(tokenizer_file, tmp_path):
+    """LLaMA-2 70B's blocks of 1.7 GB: two are in memory, beside the hidden states and less than 1 GB."""
+    choices = {f"gen_args_{k}": {"arg_0": "bada kimu dogu", "arg_1": f" {text}"} for k, text in enumerate("abcd")}
+    samples = [{"doc_id": i, "doc": {"q": i}, "target": "0", "arguments": choices} for i in range(4)]
+    (tmp_path / "samples_t.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    peaks = []
+    for n in (2, 4):
+        peak, block, tokens = evaluate_memory(n, tokenizer_file, [tmp_path / "samples_t.jsonl"], 4)
+        assert peak < 2 * block + tokens * 2 * 8192 + 1e9
+        peaks.append(peak)
+    assert abs(peaks[1] - peaks[0]) < 0.1e9
+
+
+@pytest.mark.parametrize("preset", ["llama-7b", "llama-13b", "llama-30b", "llama-2-70b"])
+@pytest.mark.parametrize("past, S, choices", [(600, 100, 4), (600, 1400, 4), (0, 60, 4), (0, 2047, 1)])
+def test_a_walk_takes_no_more_than_evaluate_counts(preset, past, S, choices):
+    """Batches of 5-shot MMLU with short and long questions, of zero-shot questions, and of a text's windows, on fake
+    tensors. Grouped keys are counted as on a GPU, where they take much more than here."""
+    config = dataclasses.replace(PRESETS[preset], num_hidden_layers=2)
+    row = lambda n, k: evaluate.Row([1] * n, list(range(past, past + n)), [0] * n, [[n - 1]] * k, [[1]] * k)
+    part = evaluate.Part(row(past, 0) if past else None, [row(S, choices)] * (8192 // (past + S)), [])
+    numbers = list(range(len(part.rows)))
+    waiting, working = evaluate.batch_bytes(config, torch.bfloat16, part, numbers)
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), memory.LiveBytes() as live:
+        patch.setattr(evaluate, "check_finite", lambda x, where: None)  # fake tensors have no values
+        patch.setattr(evaluate, "score_batch", lambda model, batch, device: [[]] * len(batch.rows))
+        with torch.device("cpu"):
+            torch.set_default_dtype(torch.bfloat16)
+            model = Llama(config).requires_grad_(False)
+            torch.set_default_dtype(torch.float32)
+        before = live.peak = live.now
+        evaluate.walk(model, [(part, numbers)], torch.device("cpu"), lambda: None)
+    share = (live.peak - before) / (waiting + working)
+    assert share < 1 and share > (0.1 if preset == "llama-2-70b" else 0.4)
+
+
+@pytest.mark.parametrize("gigabytes", [24, 80])
+@pytest.mark.parametrize("preset", ["llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b"])
+def test_5_shot_mmlu_fits(preset, gigabytes, monkeypatch):
+    """By count: all 57 subjects, in bfloat16, hidden states on the GPU too."""
+    monkeypatch.setattr(evaluate, "free_memory", lambda device: {"cuda": gigabytes * 10**9, "cpu": 0}[device.type])
+    chunks, home = evaluate.cut_batches(on_gpu(PRESETS[preset]), evaluate.cut_rows(mmlu(), 8192))
+    assert home.type == "cuda" and len(chunks) == 3
 
 
 @pytest.mark.parametrize("method", [*METHODS, "full"])
