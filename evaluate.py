@@ -752,12 +752,8 @@ def batch_bytes(config: LlamaConfig, dtype: torch.dtype, part: Part, numbers: li
     keys = part.past() + S
     waiting = B * S * ((c.hidden_size + 2 * c.head_dim) * size + keys)  # x, cos, sin; a byte of the mask for each key
     working = B * S * 3 * (c.hidden_size + c.intermediate_size) * size  # the MLP's three, residual, input, output
-    causal = keys == S and all(len(part.rows[i].targets) == 1 for i in numbers)
-    heads, groups = 1, c.num_key_value_heads
-    if groups < c.num_attention_heads and not (causal and size == 2):
-        heads = groups = c.num_attention_heads  # the GPU kernel that is left writes the scores of all heads, twice
-    working += B * keys * 3 * groups * c.head_dim * size  # keys and values, and either while it is put together
-    working += B * S * keys * heads * 8  # scores, or the mask as numbers
+    # keys and values, repeated where heads share them, and either while it is put together; the mask as numbers
+    working += B * keys * 3 * c.num_attention_heads * c.head_dim * size + B * S * keys * 8
     logits = 3 * 4 * LOGITS * c.vocab_size
     return waiting, max(working, logits) * 4 // 3  # a third is for what is freed in one size and needed in another
 

@@ -96,7 +96,7 @@ def test_memory_of_scoring_does_not_grow_with_the_blocks(tokenizer_file, tmp_pat
 @pytest.mark.parametrize("past, S, choices", [(600, 100, 4), (600, 1400, 4), (0, 60, 4), (0, 2047, 1)])
 def test_a_walk_takes_no_more_than_evaluate_counts(preset, past, S, choices):
     """Batches of 5-shot MMLU with short and long questions, of zero-shot questions, and of a text's windows, on fake
-    tensors. Grouped keys are counted as on a GPU, where they take much more than here."""
+    tensors."""
     config = dataclasses.replace(PRESETS[preset], num_hidden_layers=2)
     row = lambda n, k: evaluate.Row([1] * n, list(range(past, past + n)), [0] * n, [[n - 1]] * k, [[1]] * k)
     part = evaluate.Part(row(past, 0) if past else None, [row(S, choices)] * (8192 // (past + S)), [])
@@ -111,8 +111,7 @@ def test_a_walk_takes_no_more_than_evaluate_counts(preset, past, S, choices):
             torch.set_default_dtype(torch.float32)
         before = live.peak = live.now
         evaluate.walk(model, [(part, numbers)], torch.device("cpu"), lambda: None)
-    share = (live.peak - before) / (waiting + working)
-    assert share < 1 and share > (0.1 if preset == "llama-2-70b" else 0.4)
+    assert 0.4 < (live.peak - before) / (waiting + working) < 1
 
 
 @pytest.mark.parametrize("gigabytes", [24, 80])
