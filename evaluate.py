@@ -97,6 +97,7 @@ from data.checkpoint import (
 )
 from data.tokenizer import Tokenizer
 from model import (
+    LOGITS,
     Block,
     Llama,
     LlamaConfig,
@@ -655,7 +656,6 @@ Rows = tuple[Part, list[int]]  # the rows of a batch, by their numbers in a part
 # Tokens of a chunk at most. On a GPU the work on a block then takes seconds, longer than a disk takes for the next one;
 # and on either a run that is killed has lost minutes.
 CHUNK = {"cpu": 2**15, "cuda": 2**19}
-LOGITS = 1024  # targets whose logits are in memory at once: of 32,000 words 131 MB
 
 
 def score(

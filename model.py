@@ -113,6 +113,9 @@ PRESETS = {
 # the network
 
 
+LOGITS = 1024  # targets whose logits are in memory at once: of 32,000 words in float32 131 MB
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension."""
 
@@ -194,14 +197,14 @@ class Attention(nn.Module):
                 k = torch.cat([cache[0].expand(B, -1, -1, -1), k], 2)  # (B, key-value heads, past + T, head_dim)
                 v = torch.cat([cache[1].expand(B, -1, -1, -1), v], 2)
             cache[:] = [k, v]
-        # A group of query heads shares one key-value head (enable_gqa). Without a mask attention is causal.
-        gqa = q.shape[1] != k.shape[1]
-        if gqa and x.is_cuda and (mask is not None or x.dtype == torch.float32):
+        # Without a mask attention is causal.
+        groups = q.shape[1] // k.shape[1]  # query heads that share a key-value head
+        if groups > 1 and x.is_cuda and (mask is not None or x.dtype == torch.float32):
             # Flash attention takes no mask and no float32, the memory-efficient kernel no groups: with both, torch
             # would fall back on the kernel that holds the scores of every head, T x (past + T), in memory.
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # (B, query heads, past + T, ...)
-            gqa = False
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, query heads, past + T, ...)
+            groups = 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -291,20 +294,22 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets their summed loss: targets (N,) for the positions `where` (N,) of
-        the flattened tokens, or (B, T) for all of them."""
+        """Logits (B, T, vocab_size), or with targets their summed loss: targets (B, T), -100 where nothing is to be
+        predicted; or (N,), for the positions `where` (N,) of the flattened tokens."""
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        x = x.flatten(0, 1)  # (B * T, hidden_size)
-        if where is not None:
-            x = x.index_select(0, where)  # before lm_head, so that padding and prompts cost no logits
-        return self.summed_loss(x, targets.flatten())
+        if where is None:  # how many there are only the device knows, and a GPU would have to be waited for
+            targets = targets.flatten()
+            where = (targets != -100).nonzero().squeeze(1)
+            targets = targets[where]
+        x = x.flatten(0, 1).index_select(0, where)  # before lm_head, so that padding and prompts cost no logits
+        return self.summed_loss(x, targets)
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy summed (not averaged) over the targets, float32, (). x: (N, hidden_size), targets: (N,).
 
-        Logits are made 1,024 positions at a time and not kept: at 32,000 words they would otherwise be the largest
+        Logits are made a few positions at a time and not kept: at 32,000 words they would otherwise be the largest
         tensors of a fine-tuning step. Where the head is frozen, `FrozenHeadLoss` forms its input's gradient with them;
         where it learns, they are made again in the backward pass.
         """
@@ -317,7 +322,7 @@ class Llama(nn.Module):
 
         total = x.new_zeros((), dtype=torch.float32)
         # Without a target split still gives one empty chunk: a loss of 0 that has a gradient, as DDP and FSDP ask for.
-        for h, t in zip(x.split(1024), targets.split(1024), strict=True):
+        for h, t in zip(x.split(LOGITS), targets.split(LOGITS), strict=True):
             total = total + checkpoint(chunk_loss, h, t, use_reentrant=False)
         return total
 
@@ -331,21 +336,22 @@ class FrozenHeadLoss(torch.autograd.Function):
         total, dx = x.new_zeros((), dtype=torch.float32), None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-        for i in range(0, len(x), 1024):
-            h, t = x[i : i + 1024], targets[i : i + 1024, None]
-            logp = F.linear(h, head).float().log_softmax(-1)
-            total -= logp.gather(1, t).sum()
+        for i in range(0, len(x), LOGITS):
+            h, t = x[i : i + LOGITS], targets[i : i + LOGITS]
+            rows = torch.arange(len(t), device=t.device)
+            logp = F.linear(h, head).float().log_softmax(-1)  # (n, vocab_size)
+            total -= logp[rows, t].sum()
             if dx is not None:
                 p = logp.exp_()
-                p.scatter_add_(1, t, p.new_full((), -1.0).expand_as(t))
-                torch.mm(p.to(x.dtype), head, out=dx[i : i + 1024])
+                p[rows, t] -= 1  # the gradient by the logits
+                torch.mm(p.to(x.dtype), head, out=dx[i : i + LOGITS])
         ctx.save_for_backward(dx)
         return total
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         (dx,) = ctx.saved_tensors
-        return dx * g.to(dx.dtype), None, None
+        return dx * g.to(dx.dtype), None, None  # g: one factor for all, so rounding it turns no gradient
 
 
 @torch.no_grad()
@@ -449,6 +455,12 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
     check_stored_dense(values.get("quantization_config"), f"{source}: config: quantization_config")
     theta, scaling = rope_settings(values)
     values = {**values, "rope_theta": theta, "rope_scaling": scaling}
+    if scaling is not None:
+        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
+        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+        numbers = all(is_positive(scaling.get(name), int, float) for name in needed)
+        check("rope_scaling", numbers, f"{', '.join(needed)} above 0")
+        values["rope_scaling"] = {name: scaling[name] for name in ("rope_type", *needed)}
     if values.get("model_type") == "mistral":
         values.setdefault("sliding_window", 4096)  # transformers' own where it is absent
     else:
@@ -465,14 +477,10 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         if key not in values:
             continue
         x = given[key] = values[key]
-        if x is None and (field.default is None or key == "max_position_embeddings" and unknown_length):
+        may_be_null = field.default is None or (key == "max_position_embeddings" and unknown_length)
+        if (x is None and may_be_null) or key == "rope_scaling":
             continue
-        if key == "rope_scaling":
-            needed = ROPE_SCALING.get(str(x.get("rope_type"))) if isinstance(x, dict) else None
-            check(key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
-            check(key, all(is_positive(x.get(name), int, float) for name in needed), f"{', '.join(needed)} above 0")
-            given[key] = {name: x[name] for name in ("rope_type", *needed)}
-        elif field.type is bool:
+        if field.type is bool:
             check(key, type(x) is bool, "true or false")
         elif field.type is float:
             check(key, is_positive(x, int, float), "a number above 0")
@@ -850,10 +858,8 @@ def leave_with_parent() -> None:
     the rendezvous, or go on beside the run that is started in its place."""
     PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that Linux sends when the parent dies
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if (
-        parent.exists() and b"python" not in parent.read_bytes()
-    ):  # it died before the line above, and init is in its place
+    parent = Path(f"/proc/{os.getppid()}/cmdline")  # it may have died before the line above: init is then in its place
+    if parent.exists() and b"python" not in parent.read_bytes():
         sys.exit("torchrun, which started this process, is gone")
 
 

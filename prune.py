@@ -39,6 +39,7 @@ that is so by itself, their lowest score being 0, but the official SparseGPT's u
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -110,10 +111,13 @@ def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
         text = ":".join(map(str, text))
     text = str(text)
     if "=" in text:
-        pairs = [entry.rpartition("=")[::2] for entry in text.split(",")]
-        if [name for name, _ in pairs].count("") > 1:
+        entries = []
+        for entry in text.split(","):
+            name, _, value = entry.rpartition("=")
+            entries.append((name.strip(), parse_sparsity(value.strip())))
+        if [name for name, _ in entries].count("") > 1:
             raise UserError(f"--sparsity {text}: expected one entry without a name, for all other linears, at most")
-        return [(name.strip(), parse_sparsity(value.strip())) for name, value in pairs]
+        return entries
     try:
         if ":" in text:
             n, m = (int(part) for part in text.split(":"))
@@ -234,7 +238,7 @@ def prune_block(
     for name, w in block.named_parameters():
         if not all(bound.isfinite() for bound in w.aminmax()):  # the bounds of what holds a NaN are NaN
             raise UserError(f"layers.{i}.{name}: the weights hold NaN or Inf")
-    stats = gather_statistics(block, x, tables, batch, settings.method == "sparsegpt", settings.dsnot_cycles > 0)
+    stats = gather_statistics(block, x, tables, batch, settings)
     report = []
     for first, names in GROUPS.items():
         s = stats.pop(first)  # so that it is freed after its linears: Hessians are the largest things in memory
@@ -255,13 +259,10 @@ def prune_block(
     return report
 
 
-def gather_statistics(
-    block: Block, x: Tensor, tables: Tables, batch: int, hessian: bool, moments: bool
-) -> dict[str, Statistics]:
-    """The first pass: statistics of a block's four inputs, by the keys of GROUPS. x (sequences, T, hidden_size) stays.
-
-    hessian: whether to sum up Hessians. moments: whether to sum up what DSnoT needs, total and variance.
-    """
+def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, settings: Settings) -> dict[str, Statistics]:
+    """The first pass: statistics of a block's four inputs, by the keys of GROUPS; x (sequences, T, hidden_size)."""
+    hessian = settings.method == "sparsegpt"
+    moments = settings.dsnot_cycles > 0  # what DSnoT needs, total and variance
     n_sequences, T, _ = x.shape
     stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over all tokens
     linears = {name: block.get_submodule(name) for name in GROUPS}
@@ -271,22 +272,27 @@ def gather_statistics(
         square, total, variance = torch.zeros(3, C, device=x.device)
         H = torch.zeros(C, C, device=x.device) if hessian else None
         stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
-        # s=stats[name] binds the present one: a lambda looks its names up when it is called, at the loop's end
-        hook = lambda module, args, s=stats[name]: add_batch(s, args[0], n_sequences, moments, stride)
+        hook = functools.partial(add_batch, stats[name], n_sequences, moments, stride)
         hooks.append(linear.register_forward_pre_hook(hook))
     # Nobody reads what comes out of this pass, and down_proj comes last in it: once its input is seen, its matmul, a
-    # fifth of a LLaMA block's work, is left out.
+    # fifth of a LLaMA block's work, is left out: this attribute hides the class's own forward.
     linears["mlp.down_proj"].forward = lambda x: x.new_zeros(())
-    for part in x.split(batch):
-        block(part, *tables)
-    del linears["mlp.down_proj"].forward
-    for hook in hooks:
-        hook.remove()
+    try:
+        for part in x.split(batch):
+            block(part, *tables)
+    finally:  # out of memory, or Ctrl-C: the block may be a part of the caller's model
+        del linears["mlp.down_proj"].forward
+        for hook in hooks:
+            hook.remove()
     return stats
 
 
-def add_batch(s: Statistics, inputs: Tensor, n_sequences: int, moments: bool, stride: int) -> None:
-    """Adds inputs (B, T, C), those of B of the n_sequences; every stride-th token is kept as a sample."""
+def add_batch(
+    s: Statistics, n_sequences: int, moments: bool, stride: int, linear: nn.Module, args: tuple[Tensor]
+) -> None:
+    """A linear's hook: adds its inputs (B, T, C), those of B of the n_sequences; every stride-th token is kept as a
+    sample."""
+    (inputs,) = args
     tokens = inputs.flatten(0, 1).float()  # (B * T, C)
     s.square += tokens.square().sum(0) / n_sequences
     if moments:
@@ -369,12 +375,10 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
     if settings.method == "sparsegpt" and not dsnot_follows:
         W.copy_(sparsegpt(W, s.square == 0, s.U, sparsity))
     else:
+        # Rows do not depend on each other, but for magnitude's, which are compared in the whole matrix. Scores take 20
+        # bytes a weight, so no more of them are made at once than 16 million.
         whole = settings.method == "magnitude" and not dsnot_follows and not isinstance(sparsity, tuple)
-        rows_at_once = max(
-            1, 2**24 // W.shape[1]
-        )  # where they do not depend on each other: scores take 20 bytes a weight
-        if whole:
-            rows_at_once = len(W)
+        rows_at_once = len(W) if whole else max(1, 2**24 // W.shape[1])
         for rows in W.split(rows_at_once):
             score = score_weights(rows, s, settings.method)
             mask = keep_mask(score, sparsity, whole)
@@ -398,18 +402,20 @@ def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
 def check_pattern(sparsity: Sparsity | ByName, config: LlamaConfig) -> None:
     """UserError where an N:M pattern's groups do not fit the inputs of a linear, where a linear is not named, and for a
     name that is no linear's."""
-    attention = config.num_attention_heads * config.head_dim
-    columns = {"self_attn.o_proj": attention, "mlp.down_proj": config.intermediate_size}  # the rest: hidden_size
-    names = [name for group in GROUPS.values() for name in group]
-    linears = [f"layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names]
-    for i, linear in enumerate(linears):
+    with torch.device("meta"):
+        block = Block(config)
+    linears = {}  # layers.0.self_attn.q_proj, ... -> its columns
+    for i in range(config.num_hidden_layers):
+        for name in [name for group in GROUPS.values() for name in group]:
+            linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
+    for linear, C in linears.items():
         own = sparsity_of_linear(sparsity, linear)
-        C = columns.get(names[i % len(names)], config.hidden_size)
         if isinstance(own, tuple) and C % own[1]:
             raise UserError(f"--sparsity {format_sparsity(own)}: {linear} has {C} columns, no multiple of {own[1]}")
-    for name in [name for name, _ in sparsity if name] if isinstance(sparsity, list) else []:
-        if not any(f".{name}." in f".{linear}." for linear in linears):
-            raise UserError(f"--sparsity {name}: is a part of no linear's name, such as {linears[0]}")
+    if isinstance(sparsity, list):
+        for name, _ in sparsity:
+            if name and not any(f".{name}." in f".{linear}." for linear in linears):
+                raise UserError(f"--sparsity {name}: is a part of no linear's name, such as {next(iter(linears))}")
 
 
 def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:

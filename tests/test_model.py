@@ -159,17 +159,19 @@ def test_blocks_can_be_called_one_at_a_time(model):
     assert model.lm_head(model.model.norm(x)).equal(model(tokens))
 
 
-def test_the_summed_loss_is_cross_entropys(model):
+@pytest.mark.parametrize("frozen", (False, True), ids=("head that learns", "frozen head"))
+def test_the_summed_loss_is_cross_entropys(model, frozen):
     tokens = torch.randint(0, 256, (3, 60))
     targets = tokens.roll(-1, 1).masked_fill(torch.rand(3, 60) < 0.3, -100)
     where = (targets.flatten() != -100).nonzero()[:, 0]
     model.activation_checkpointing = True
-    loss = model(tokens, targets.flatten()[where], where)
+    model.lm_head.requires_grad_(not frozen)
+    learning = [p for p in model.parameters() if p.requires_grad]
     expected = torch.nn.functional.cross_entropy(model(tokens).transpose(1, 2), targets, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, model.lm_head.weight), torch.autograd.grad(expected, model.lm_head.weight)
-    )
+    for loss in (model(tokens, targets), model(tokens, targets.flatten()[where], where)):
+        torch.testing.assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, learning), torch.autograd.grad(expected, learning, retain_graph=True)
+        torch.testing.assert_close(*gradients)
 
 
 def their_tokens(theirs, prompt: list[int], n: int) -> list[int]:
