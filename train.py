@@ -222,7 +222,7 @@ def main() -> None:
     learning = [p for p in model.parameters() if p.requires_grad]
     fused = args.device == "cuda"  # one kernel, where the default makes temporaries as large as what learns
     optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
-    net = model
+    net = model  # what learns; `model`, the same without a wrapper, is validated and saved
     if world > 1 and mesh is None:
         net = DistributedDataParallel(model, broadcast_buffers=False)  # dynamic's masks are the same everywhere
     # The library's own gathering and scattering of sharded states: names are the model's, whatever wraps it.
@@ -238,10 +238,11 @@ def main() -> None:
 
     # --- the loop
     stop = catch_signals()
-    log_file = open(os.devnull, "w")  # noqa: SIM115  open to the end
+    log_path = os.devnull
     if rank == 0:
-        trim_log(out_dir / "log.jsonl", start if start > 0 else -1)  # from the beginning: not even step 0's line stays
-        log_file = open(out_dir / "log.jsonl", "a", buffering=1)  # noqa: SIM115  a line at a time
+        log_path = out_dir / "log.jsonl"
+        trim_log(log_path, start if start > 0 else -1)  # from the beginning: not even step 0's line stays
+    log_file = open(log_path, "a", buffering=1)  # noqa: SIM115  open to the end, written a line at a time
     if start == 0:
         if args.method == "dynamic":
             update_masks(model, parse_sparsity(args.sparsity))  # or step 0 would be that of the dense model
@@ -262,7 +263,7 @@ def main() -> None:
 
         # The gradient of the mean over all target tokens of the global batch. DDP and FSDP take the mean over the
         # processes where we want the sum, hence the factor `world`.
-        examples = plan[step]
+        examples = plan[step]  # every process cuts it alike and takes its own list: nothing has to be sent
         micro_batches = split_batch(examples, train.lengths, args.max_tokens, world)[rank]
         n_targets = int(train.n_targets[examples].sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)  # float64: of thousands of tokens
@@ -277,6 +278,7 @@ def main() -> None:
             batch = train.batch(indices, args.device)
             with autocast(args):
                 summed = net(*batch)
+            # At once, so that no more than one micro-batch's activations are alive
             (summed * (world / max(1, n_targets))).backward()
             loss_sum += summed.detach()
 
@@ -293,7 +295,7 @@ def main() -> None:
         stopping = sums[1].item() > 0
         grad_norm = grad_norm.item()
         check_finite(step + 1, {"loss": loss, "norm of the gradient": grad_norm}, ckpt)  # before the optimizer sees it
-        if n_targets:
+        if n_targets:  # without a target the gradient is 0, but decay and AdamW's moments would move the weights
             optimizer.step()
         optimizer.zero_grad()
 
@@ -309,10 +311,10 @@ def main() -> None:
             write_line(log_file, {"step": step + 1, "val_loss": val_loss})
             log(f"step {step + 1}: training loss {shown(loss)}, validation loss {shown(val_loss)}")
             check_finite(step + 1, {"validation loss": val_loss}, ckpt)
-            lowest = val_loss is None or val_loss < best  # where nothing is held out the newest is taken
-            if args.method == "full" or lowest:  # full: the last weights are what is written, whatever came before
-                best = math.inf if val_loss is None else val_loss
-            if args.method != "full" and lowest:
+            lowest = val_loss is None or val_loss < best  # None: nothing is held out, and the newest is taken
+            if val_loss is not None and (lowest or args.method == "full"):  # full: its last weights are what is written
+                best = val_loss
+            if lowest and args.method != "full":
                 factors = adapter_state(model)  # gathered from all processes under FSDP, so all of them call it
                 if rank == 0:
                     path = out_dir / "adapter.pt"
@@ -328,10 +330,7 @@ def main() -> None:
                 dist.barrier()  # nobody leaves, and torchrun ends nobody, before the state is on disk
         if stopping and not done:
             log(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume goes on from there")
-            status = 1  # it was another process that got the signal
-            if stop:
-                status = 128 + stop[0]  # as a shell says it
-            sys.exit(status)
+            sys.exit(128 + stop[0] if stop else 1)  # as a shell says it; 1: another process got the signal
 
     # --- the result. The processes part first: merging a 70B takes longer than the ten minutes for which NCCL waits.
     if world > 1:
@@ -370,9 +369,9 @@ def check_settings(args: argparse.Namespace) -> None:
         ignored += ["scale", "zero_init"]
     if args.no_beta:
         ignored += ["zero_init"]
-    defaults = make_parser().parse_args(["--preset", "test"])
+    parser = make_parser()
     for key in ignored:
-        if getattr(args, key) != getattr(defaults, key):
+        if getattr(args, key) != parser.get_default(key):
             given = "".join(f" --{flag}" for flag in ("no_residual", "no_beta") if getattr(args, flag))
             raise UserError(f"--{key}: means nothing to --method {args.method}{given}")
 
@@ -404,7 +403,7 @@ def default_lr(method: str, config: LlamaConfig, steps: int) -> tuple[float, str
         base * (4096 / width)^power * (the paper's steps / steps)^(1/3)       no factor is below 1
 
     At LLaMA-7B's width or above and the paper's steps (1,173, at 30B 588, from 65B on 391) it is `base` (`LR`). The
-    powers are fitted to the best rates at widths of 96 and 192 and 20 to 100 steps (bench/rates.py): each default is
+    powers are fitted to the best rates at widths of 96 and 192 and 20 to 500 steps (bench/rates.py): each default is
     within a factor of 2 of the best there. In between only SmolLM2-135M (width 576) was looked at. A method of your own
     takes SPP's.
     """
@@ -489,7 +488,8 @@ def read_data(
 ) -> tuple[Examples, Examples]:
     """The training and the held-out examples. UserError where they are not this model's or leave a process idle."""
     data = Path(args.data)
-    train, val = (Examples(data, split, args.mask_prompt, config.vocab_size) for split in ("train", "val"))
+    train = Examples(data, "train", args.mask_prompt, config.vocab_size)
+    val = Examples(data, "val", args.mask_prompt, config.vocab_size)
     tokenizer = tokenizer_of(ckpt) if ckpt is not None else None
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
@@ -700,8 +700,10 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         if old.get(key) != config[key]:
             raise UserError(f"--resume: {out_dir} was run with another {key} ({old.get(key)}, now {config[key]})")
     settings = old.get("settings")
+    if not isinstance(settings, dict):  # edited by hand
+        settings = {}
     for key, now in same.items():
-        before = settings.get(key) if isinstance(settings, dict) else None
+        before = settings.get(key)
         if before != now:
             raise UserError(f"--resume: {out_dir} was run with --{key} {before}, not {now}")
     if settings.get("lr") != args.lr:
@@ -729,8 +731,12 @@ def write_state(
 
 def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
     """(step, file) of the states in the folder, the newest first."""
-    found = [(re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in out_dir.glob("step-*.pt")]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    found = []
+    for path in out_dir.glob("step-*.pt"):
+        match = re.fullmatch(r"step-(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
 
 
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:

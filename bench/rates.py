@@ -1,8 +1,9 @@
 """Where the best learning rate lies: for each method, over the width of the model and the number of steps.
 
     make demo                                                          # leaves the tiny world's text in out/demo
-    python bench/rates.py --widths 96 192 384 --steps 20 100
-    python bench/rates.py --widths 96 192 --steps 500 --methods spp masked lora
+    python bench/rates.py --widths 96 192 --steps 20                   # what assets/rates.jsonl holds
+    python bench/rates.py --widths 96 --steps 100
+    python bench/rates.py --widths 96 --steps 500 --methods spp
 
 A model of each width is pretrained on the world's text and pruned (Wanda, 0.75). Each cell is fine-tuned at three or
 more neighbouring rates of 1, 2, 5, 10, ..., on until the best of them is inside. What counts is the last validation

@@ -1126,6 +1126,19 @@ def test_the_default_rate_is_within_a_factor_of_two_of_the_measured_best(method)
         assert 0.5 <= lr / rates.best_of(lines, cell)["lr"] <= 2, (cell, lr)
 
 
+@pytest.mark.parametrize("method", (*METHODS, "full"))
+def test_the_rates_in_the_readme_are_those_measured_and_the_defaults(method):
+    lines = [json.loads(line) for line in (ROOT / "assets" / "rates.jsonl").read_text().splitlines()]
+    shown = []
+    for width, steps in ((96, 20), (96, 100), (192, 20)):
+        lr, _ = train.default_lr(method, rates.config_of(width), steps)
+        shown.append(f"{rates.best_of(lines, (width, method, steps))['lr']:g} ({lr:g})")
+    base, power = train.LR[method]
+    base = "the paper's: 4e-3 at 7B" if base is None else f"{base:.0e}".replace("e-0", "e-")
+    row = f"| `{method}` | {base} | {power} | {' | '.join(shown)} |"
+    assert row in (ROOT / "README.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize("method, usual", [("lora", 2e-4), ("masked_lora", 2e-4), ("masked", 2e-5), ("full", 2e-5)])
 def test_the_baselines_get_their_usual_rates_at_7b(method, usual):
     assert train.default_lr(method, PRESETS["llama-7b"], 1173) == (usual, f"the usual {usual} for {method}")
