@@ -75,8 +75,12 @@ from data.checkpoint import (
     atomic,
     check_out,
     check_version,
+    pack,
+    packed_size,
     save_torch,
     torch_load,
+    unpack,
+    unpack_mask,
     write_checkpoint,
 )
 from model import Parser, cli, common_dtype, open_llama
@@ -108,6 +112,8 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight  # under the name that it has in a checkpoint, so that one fills the model as before
         self.weight.requires_grad_(False)
+        self.shape = linear.weight.shape  # (m, n)
+        self.register_buffer("bits", None, persistent=False)
         self.merged_dtype = linear.weight.dtype  # train.py: the checkpoint's, whatever W is held in while it learns
         self.r, self.scale = r, scale
 
@@ -121,15 +127,34 @@ class AdapterLinear(nn.Module):
         if not self.training:
             return F.linear(x, self.merged().to(x.dtype))
         factors = [getattr(self, name) for name in self.factors]
-        return EffectiveMatmul.apply(x, self.effective_weight, self.factor_gradients, self.weight, *factors)
+        return EffectiveMatmul.apply(x, self.form, self.reduce, self.weight, self.bits, *factors)
+
+    def pack(self, W: Tensor) -> bool:
+        """Holds W (m, n), on the CPU, as a vector of its survivors and `bits`, where that takes less memory. W is then
+        made in each pass, as W^ is. Returns whether it does."""
+        if packed_size(W, int(W.count_nonzero())) >= W.nbytes:
+            return False
+        values, self.bits = pack(W)
+        self.weight = nn.Parameter(values, self.weight.requires_grad)
+        return True
+
+    def dense(self) -> Tensor:
+        """W (m, n), detached."""
+        return unpack(self.weight.detach(), self.bits, self.shape[1])
+
+    def form(self, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
+        return self.effective_weight(unpack(W, bits, self.shape[1]), *factors)
+
+    def reduce(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        return self.factor_gradients(G, unpack(W, bits, self.shape[1]), *factors)
 
     def merged(self, masked: bool = True) -> Tensor:
         """W^ in the checkpoint's dtype, (m, n), rounded to the nearest. masked=False leaves LoRA's dense."""
-        W = self.effective_weight(self.weight.detach(), *(getattr(self, name).detach() for name in self.factors))
+        W = self.effective_weight(self.dense(), *(getattr(self, name).detach() for name in self.factors))
         return W.to(self.merged_dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, r={self.r}, scale={self.scale}"
+        return f"{self.shape[1]}, {self.shape[0]}, r={self.r}, scale={self.scale}"
 
 
 class SPPLinear(AdapterLinear):
@@ -167,7 +192,7 @@ class SPPLinear(AdapterLinear):
             start = {"alpha": 0.0, "beta": 1.0}
         else:
             start = {self.zero_init: 0.0}
-        bound = 1 / math.sqrt(self.weight.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
+        bound = 1 / math.sqrt(self.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
         for name in self.factors:
             p = getattr(self, name)
             if name in start:
@@ -178,9 +203,10 @@ class SPPLinear(AdapterLinear):
     def forward(self, x: Tensor) -> Tensor:
         W, alpha, beta = self.weight, self.alpha, self.beta
         if self.matmul == "fused" and self.training and torch.compiler.is_compiling():
-            return spp_product(x, W, alpha, beta, self.scale, self.residual)
+            return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
         if self.matmul == "fused" or not self.training:
             return super().forward(x)
+        assert self.bits is None, "only the fused form makes W in each pass"
         m = len(W)
         dense = F.linear(x, W) if self.residual else 0
         if self.matmul == "repeat":  # equations 4 and 5
@@ -191,19 +217,25 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        return spp_weight(W, alpha, beta, self.scale, self.residual)
+        return self.form(W, None, alpha, beta)
 
-    def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *spp_gradients(G, W, alpha, beta, self.scale)
+    def form(self, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor) -> Tensor:
+        return spp_weight(W, bits, alpha, beta, self.scale, self.residual)
+
+    def reduce(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *spp_gradients(G, W, bits, *factors, self.scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # three matmuls: W^ and G are formed elementwise, in float32, and rounded once
 
 
-def form(out: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> None:
-    """W^ = W + scale * W~ of blocks of rows. W, out: (k, m/r, n), alpha: (k, n), beta: (k, m/r)."""
-    W = W.to(alpha.dtype)
+def form(
+    out: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
+) -> None:
+    """W^ = W + scale * W~ of k blocks of rows, out: (k, m/r, n); W: the same, or its survivors with their bits; alpha:
+    (k, n), beta: (k, m/r)."""
+    W = unpack(W, bits, alpha.shape[1]).view_as(out).to(alpha.dtype)
     M = (scale * beta)[:, :, None] * alpha[:, None, :]  # block k is the outer product of its betas with alpha_k
     if residual:
         torch.addcmul(W, W, M, out=out)
@@ -211,9 +243,11 @@ def form(out: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, resi
         torch.mul(W, M, out=out)
 
 
-def reduce(G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor]:
-    """d alpha (k, n) and d beta (k, m/r) from blocks of rows of G, which may be overwritten: see `form`."""
-    GW = G.to(alpha.dtype) * W
+def reduce(
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, sums: bool
+) -> tuple[Tensor, Tensor]:
+    """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G: see `form`."""
+    GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
     beta = scale * beta
     if sums:  # which are compiled together with the product: a factor of bmm would go through memory
         return (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
@@ -228,52 +262,69 @@ def compiled(function: Callable) -> Callable:
 
 
 def in_blocks(alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts alpha (r, n) and tensors of m rows into the blocks that `form` and `reduce` take. On a GPU that is once, for
-    one kernel; on a CPU about 64 rows at a time, so that what is made of them stays in its cache: a block of more rows
-    becomes several that have the same alpha."""
+    """Cuts alpha (r, n) and tensors of m rows into the r blocks that share an alpha, so that what one makes stays in
+    the cache of a CPU; several at a time where r is near m, or r = m would take a minute."""
     r, m = len(alpha), len(of_rows[0])
-    rows, count = m // r, r
-    if not alpha.is_cuda:
-        rows = next((d for d in range(64, rows) if rows % d == 0), rows)
-        count = max(1, 64 // rows)  # or blocks of one row, where r = m, would take a minute
-        alpha = alpha.repeat_interleave(m // (r * rows), 0)
-    views = [alpha, *(w.view(-1, rows, *w.shape[1:]) for w in of_rows)]
-    return zip(*(view.split(count) for view in views), strict=True)
+    views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
+    return zip(*(view.split(max(1, 64 * r // m)) for view in views), strict=True)
 
 
-def spp_weight(W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
-    """W^ (m, n), in W's dtype: 4 bytes a weight in bfloat16, read and written."""
-    W_hat = torch.empty_like(W)
-    run = compiled(form) if W.is_cuda else form
-    for alpha_k, W_k, beta_k, out in in_blocks(alpha, W, beta, W_hat):
-        run(out, W_k, alpha_k, beta_k, scale, residual)
+def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
+    """W^ (m, n), in W's dtype. On a GPU one kernel, which reads W and writes W^: 4 bytes a weight in bfloat16."""
+    (r, n), m = alpha.shape, len(beta)
+    W_hat = W.new_empty(m, n)
+    if W.is_cuda:
+        compiled(form)(W_hat.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, residual)
+        return W_hat
+    for alpha_k, W_k, beta_k, out in in_blocks(alpha, unpack(W, bits, n), beta, W_hat):
+        form(out, W_k, None, alpha_k, beta_k, scale, residual)
     return W_hat
 
 
-def spp_gradients(G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n), which may be overwritten."""
-    run = compiled(reduce) if G.is_cuda else reduce
-    parts = [
-        run(G_k, W_k, alpha_k, beta_k, scale, G.is_cuda) for alpha_k, G_k, W_k, beta_k in in_blocks(alpha, G, W, beta)
-    ]
+def spp_gradients(
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n)."""
+    r, n = alpha.shape
+    if G.is_cuda:
+        d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, True)
+        return d_alpha, d_beta.flatten()
+    blocks = in_blocks(alpha, G, unpack(W, bits, n), beta)
+    parts = [reduce(G_k, W_k, None, alpha_k, beta_k, scale, False) for alpha_k, G_k, W_k, beta_k in blocks]
     d_alpha, d_beta = zip(*parts, strict=True)
-    return torch.cat(d_alpha).view(len(alpha), -1, alpha.shape[1]).sum(1), torch.cat(d_beta).flatten()
+    return torch.cat(d_alpha), torch.cat(d_beta).flatten()
 
 
-def product(x: Tensor, form: Callable, W: Tensor, *factors: Tensor) -> Tensor:
+def product(x: Tensor, form: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
     """y = x (W^)^T."""
-    return F.linear(x, form(W, *factors).to(x.dtype))
+    return F.linear(x, form(W, bits, *factors).to(x.dtype))
 
 
 def gradients(
-    g: Tensor, needs_dx: bool, x: Tensor, form: Callable, reduce: Callable, W: Tensor, *factors: Tensor
+    g: Tensor,
+    needed: tuple[bool, ...],
+    x: Tensor,
+    form: Callable,
+    reduce: Callable,
+    W: Tensor,
+    bits: Tensor | None,
+    *factors: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x (None unless it is needed), of W and of the factors."""
-    W_hat = form(W, *factors).to(x.dtype)
-    dx = g @ W_hat if needs_dx else None  # the first block's inputs come from frozen embeddings
+    """The gradients of x, W, bits (None) and the factors; needed: whether that of x is, and any other."""
+    survivors, mask = W.numel(), bits
+    if not W.is_cuda:
+        W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
+    W_hat = form(W, bits, *factors).to(x.dtype)
+    dx = g @ W_hat if needed[0] else None  # the first block's inputs come from frozen embeddings
+    if not needed[1]:
+        return dx, None, None, *(None for _ in factors)
     buffer = None if W_hat is W else W_hat
     G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
-    return dx, *reduce(G, W, *factors)
+    d_W, *d_factors = reduce(G, W, bits, *factors)
+    if d_W is not None and mask is not None:  # nonzero_static: the number is known, and no shape depends on the mask
+        places = unpack_mask(mask, x.shape[-1]).flatten().nonzero_static(size=survivors)
+        d_W = d_W.flatten()[places.squeeze(1)]
+    return dx, d_W, None, *d_factors
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -284,15 +335,18 @@ class EffectiveMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, form: Callable, reduce: Callable, W: Tensor, *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, *factors)
+    def forward(
+        ctx: FunctionCtx, x: Tensor, form: Callable, reduce: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, bits, *factors)
         ctx.form, ctx.reduce = form, reduce
-        return product(x, form, W, *factors)
+        return product(x, form, W, bits, *factors)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        dx, *others = gradients(g, ctx.needs_input_grad[0], x, ctx.form, ctx.reduce, *rest)
+        needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+        dx, *others = gradients(g, needed, x, ctx.form, ctx.reduce, *rest)
         return dx, None, None, *others
 
 
@@ -301,18 +355,28 @@ class EffectiveMatmul(torch.autograd.Function):
 
 
 @torch.library.custom_op("spp::product", mutates_args=())
-def spp_product(x: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
-    return product(x, functools.partial(spp_weight, scale=scale, residual=residual), W, alpha, beta)
+def spp_product(
+    x: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
+) -> Tensor:
+    return product(x, functools.partial(spp_weight, scale=scale, residual=residual), W, bits, alpha, beta)
 
 
 @torch.library.custom_op("spp::gradients", mutates_args=())
 def spp_product_gradients(
-    g: Tensor, needs_dx: bool, x: Tensor, W: Tensor, alpha: Tensor, beta: Tensor, scale: float, residual: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    g: Tensor,
+    dx: bool,
+    x: Tensor,
+    W: Tensor,
+    bits: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+    residual: bool,
+) -> list[Tensor]:
     form = functools.partial(spp_weight, scale=scale, residual=residual)
-    reduce = functools.partial(spp_gradients, scale=scale)
-    dx, d_alpha, d_beta = gradients(g, needs_dx, x, form, reduce, W, alpha, beta)
-    return x.new_empty(0) if dx is None else dx, d_alpha, d_beta
+    reduce = lambda *args: (None, *spp_gradients(*args, scale))
+    found = gradients(g, (dx, True), x, form, reduce, W, bits, alpha, beta)
+    return [w for w in found if w is not None]  # (dx,) d alpha, d beta
 
 
 def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -322,18 +386,14 @@ def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx = ctx.needs_input_grad[0]
-    dx, d_alpha, d_beta = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
-    return dx if needs_dx else None, None, d_alpha, d_beta, None, None
+    found = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
+    return found[0] if needs_dx else None, None, None, *found[-2:], None, None
 
 
 # shapes, for the compiler
-spp_product.register_fake(lambda x, W, *rest: x.new_empty(*x.shape[:-1], len(W)))
+spp_product.register_fake(lambda x, W, bits, alpha, beta, *rest: x.new_empty(*x.shape[:-1], len(beta)))
 spp_product_gradients.register_fake(
-    lambda g, needs_dx, x, W, alpha, beta, scale, residual: (
-        x.new_empty(x.shape if needs_dx else 0),
-        torch.empty_like(alpha),
-        torch.empty_like(beta),
-    )
+    lambda g, dx, x, W, bits, alpha, beta, *rest: [torch.empty_like(w) for w in ([x] if dx else []) + [alpha, beta]]
 )
 spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 
@@ -396,11 +456,17 @@ class LoRALinear(AdapterLinear):
         if not self.training:
             return super().forward(x)
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return F.linear(x, self.weight) + self.scale * low
+        if self.bits is None:
+            return F.linear(x, self.weight) + self.scale * low
+        # W is made in each pass and not saved, as W^ elsewhere; nothing of it learns
+        return EffectiveMatmul.apply(x, self.frozen, None, self.weight, self.bits) + self.scale * low
+
+    def frozen(self, W: Tensor, bits: Tensor | None) -> Tensor:
+        return unpack(W, bits, self.shape[1])
 
     def merged(self, masked: bool = True) -> Tensor:
         W = super().merged()
-        return W.masked_fill_(self.weight == 0, 0) if masked else W
+        return W.masked_fill_(self.dense() == 0, 0) if masked else W
 
     def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.addmm(W.float(), B, A, alpha=self.scale)
@@ -506,7 +572,7 @@ def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
         raise UserError(f"{name}: the merged weight holds NaN or Inf, or is too large for {W.dtype}")
     if isinstance(layer, DynamicLinear) or (type(layer) is LoRALinear and not masked):  # its zeros are its own
         return W
-    assert not W[layer.weight == 0].any(), f"{name}: a pruned weight came back"
+    assert not W[layer.dense() == 0].any(), f"{name}: a pruned weight came back"
     return W
 
 
@@ -607,7 +673,8 @@ def read_adapter(path: str | Path, ckpt: Checkpoint, base: str | None = None) ->
         raise UserError(f"{path}: {min(unknown, key=str)} is of no linear of {ckpt.path} ({len(unknown)} such)")
     for key, w in file["adapter"].items():
         plain = isinstance(w, Tensor) and w.layout == torch.strided and not w.is_meta
-        if not plain or w.shape != expected[key] or not w.is_floating_point():
+        survivors = plain and file["method"] == "masked" and w.dim() == 1  # of a packed weight
+        if not plain or (w.shape != expected[key] and not survivors) or not w.is_floating_point():
             found = f"{w.dtype} of shape {[*w.shape]}" if plain else "no plain tensor"
             raise UserError(f"{path}: {key} is {found}, expected floats of shape {[*expected[key]]}")
         if not w.isfinite().all():
@@ -633,7 +700,12 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, ba
     def get(name: str) -> Tensor:
         W, factors = ckpt[name], layers[name]
         layer = METHODS[method](as_linear(W), r=file["r"], scale=file["scale"], **options)
-        zeros = W == 0  # before the next line: a float32 masked layer holds W itself, which loading overwrites
+        zeros = W == 0  # before loading: a float32 masked layer holds W itself, which loading overwrites
+        learned = factors.get("weight")
+        if learned is not None and learned.dim() == 1:  # survivors
+            if learned.numel() != W.count_nonzero():
+                raise UserError(f"{path}: {name} has {learned.numel()} survivors, {ckpt.path} {W.count_nonzero()}")
+            factors = {"weight": unpack(learned, pack(W)[1], W.shape[1])}
         layer.load_state_dict(factors, strict=False)  # not strict: frozen weights and masks are none of the file's
         new = merged_weight(layer, masked, name)
         # masked: the adapter is the weight itself, so its zeros are held against the checkpoint's here

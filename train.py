@@ -148,6 +148,8 @@ def make_parser() -> Parser:
     add_device(parser)
     dtype = "of frozen weights and of matmuls; auto: float32 for a float32 checkpoint, bfloat16 for any other"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
+    packed = "hold sparse weights as their survivors and a bit mask: less memory, a little slower on a CPU"
+    add("--packed", action="store_true", help=packed)
     add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
     add("--activation_checkpointing", action="store_true", help="keep only the blocks' inputs, recompute the rest")
     add("--compile", action="store_true", help="torch.compile each block")
@@ -215,7 +217,9 @@ def main() -> None:
 
     # --- model and optimizer
     torch.manual_seed(args.seed)  # of a --preset's weights
-    materialise(model, ckpt if args.ckpt else Llama(config).state_dict(), args.seed, args.device, mesh)
+    materialise(model, ckpt if args.ckpt else Llama(config).state_dict(), args.seed, args.device, mesh, args.packed)
+    if args.packed and not list(model.buffers()):
+        log(f"note: --packed: {args.ckpt} has too few zeros for it to save memory; its weights are held dense")
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)  # micro-batches differ in length
@@ -355,6 +359,19 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.fsdp and args.method in ("full", "dynamic"):
         why = "is saved from the live weights" if args.method == "full" else "has masks beside its weights"
         raise UserError(f"--fsdp: does not go with --method {args.method}, which {why}, and needs them whole")
+    if args.packed:
+        refused = {
+            "fsdp": args.fsdp and "cuts a weight by rows, and rows have different numbers of survivors",
+            "method": args.method in ("full", "dynamic") and "lets zeros learn",
+            "matmul": args.matmul != "fused" and "keeps the dense weight for the backward pass",
+            "compile": args.compile and args.method != "spp" and "may keep the dense weights of this --method",
+        }
+        for key, why in refused.items():
+            if why:
+                value = getattr(args, key)
+                raise UserError(
+                    f"--packed: does not go with --{key}{'' if value is True else f' {value}'}, which {why}"
+                )
     if args.method == "dynamic" and not args.sparsity:
         raise UserError("--method dynamic: needs --sparsity, the pattern to keep")
     check_device(args.device)
@@ -605,9 +622,15 @@ def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
 
 
 def materialise(
-    model: Llama, weights: Mapping[str, Tensor], seed: int, device: str, mesh: DeviceMesh | None = None
+    model: Llama,
+    weights: Mapping[str, Tensor],
+    seed: int,
+    device: str,
+    mesh: DeviceMesh | None = None,
+    packed: bool = False,
 ) -> None:
-    """Fills a meta model: adapters drawn from the seed, everything else from `weights` (name -> tensor).
+    """Fills a meta model: adapters drawn from the seed, everything else from `weights` (name -> tensor). packed: the
+    linears with an adapter hold their survivors alone, and the dense model is never in memory.
 
     With a mesh the blocks and the root become FSDP units, every tensor sharded by rows, and a process touches its rows
     of the memory-mapped checkpoint alone.
@@ -631,10 +654,13 @@ def materialise(
     for name, p in model.state_dict().items():
         if name in weights:
             w = weights[name]
-            state[name] = w.to(device, p.dtype) if mesh is None else shard_rows(w, mesh, device, p.dtype)
             module = model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, AdapterLinear):
                 module.merged_dtype = w.dtype
+                if packed and module.pack(w.to(p.dtype)):
+                    module.to(device)
+                    continue
+            state[name] = w.to(device, p.dtype) if mesh is None else shard_rows(w, mesh, device, p.dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     for module in model.modules():
@@ -761,9 +787,12 @@ def state_is_whole(state: dict, model: Llama) -> bool:
     """Whether a state has every tensor that this model learns, and AdamW's moments of each, in their shapes."""
     expected = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
     learning = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
     try:
         shapes = {name: w.shape for name, w in state["model"].items()}
+        for name, shape in shapes.items():
+            if name in learning and len(shape) == 1 < len(learning[name]):  # survivors: how many, no shape of ours tells
+                expected[name] = learning[name] = shape
+        moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
         grouped = [name for group in optimizer["param_groups"] for name in group["params"]]
@@ -912,4 +941,4 @@ def write_result(
 
 
 if __name__ == "__main__":
-    cli(main, "--activation_checkpointing, a smaller --max_tokens, or --fsdp on several GPUs")
+    cli(main, "--activation_checkpointing, a smaller --max_tokens, --packed, or --fsdp on several GPUs")

@@ -60,8 +60,8 @@ def units(layer: nn.Module, x: Tensor, g: Tensor) -> float:
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Kept for backward beyond x and the parameters, each storage once."""
-    known, saved = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}, {}
+    """Kept for backward beyond x and what the layer holds, each storage once."""
+    known, saved = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}, {}
 
     def pack(t):
         if t.untyped_storage().data_ptr() not in known:

@@ -1,6 +1,7 @@
 """What comes from disk as weights: a mapping of names to tensors, and the layouts that it is read from and written to.
 
-    ours             one .pt file: a dict of `version`, `config`, `tokenizer`, `files`, `history` and `model` (weights)
+    ours             one .pt file: a dict of `version`, `config`, `tokenizer`, `files`, `history`, `model` (weights) and
+                     `packed`, the shapes of sparse weights, of which `model` has the survivors and a bit mask
     Hugging Face's   a directory: config.json with *.safetensors or *.bin, in one file or many
     Meta's           a directory: params.json with consolidated.*.pth, each a slice of every matrix
 
@@ -41,6 +42,7 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 VERSION = 1  # of every file that this project writes; raised when a layout changes
+PT_VERSION = 2  # of a .pt with packed weights; one of dense weights alone has version 1, and is read as before
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the error that speaks to the user; reading and writing files with it
@@ -155,9 +157,9 @@ def read_npy(path: str | Path) -> np.ndarray:
     return array
 
 
-def check_version(value: Any, path: str | Path) -> None:
-    """UserError unless `value`, what stands as a file's version, is that of this code."""
-    if value != VERSION or isinstance(value, bool):
+def check_version(value: Any, path: str | Path, known: tuple[int, ...] = (VERSION,)) -> None:
+    """UserError unless `value`, what stands as a file's version, is one that this code knows."""
+    if value not in known or isinstance(value, bool):
         found = "no version" if value is None else f"version {str(value)[:20]}"
         raise UserError(f"{path}: has {found}, expected {VERSION}: its layout is another; make it again with this code")
 
@@ -404,6 +406,58 @@ def converted(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> n
     return tensor_bytes(cast(tensors[name], dtype, name))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# a sparse matrix as its survivors, in one vector, and a bit for each weight: exact for any pattern of zeros
+
+
+def pack(W: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The survivors (k,) of W (m, n), row by row, and its mask, by default W != 0: uint8 (m, ceil(n / 8)), the first
+    column in the lowest bit."""
+    if mask is None:
+        mask = W != 0
+    return W[mask], torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+
+
+def packed_size(W: Tensor, survivors: int) -> int:
+    """Bytes of W (m, n) when it is packed."""
+    return survivors * W.element_size() + len(W) * math.ceil(W.shape[1] / 8)
+
+
+def unpack_mask(bits: Tensor, n: int) -> Tensor:
+    """True where a weight survived, (m, n)."""
+    byte, place = torch.arange(256, device=bits.device), torch.arange(8, device=bits.device)
+    eight = (byte[:, None] >> place & 1).bool().view(torch.int64).flatten()  # the bits of a byte, as eight bools
+    return eight[bits.int()].view(torch.bool)[:, :n]
+
+
+def unpack(values: Tensor, bits: Tensor | None, n: int) -> Tensor:
+    """W (m, n), from what `pack` made of it; without bits the values are W itself."""
+    if bits is None:
+        return values
+    if values.is_cuda:  # where masked_scatter_ makes a prefix sum of 8 bytes a weight
+        return unpack_by_places(values, bits, n)
+    return values.new_zeros(len(bits), n).masked_scatter_(unpack_mask(bits, n), values)
+
+
+def unpack_by_places(values: Tensor, bits: Tensor, n: int) -> Tensor:
+    """The same by elementwise operations, of which torch.compile makes one kernel together with what uses W. A
+    survivor's place is the number of bits before it, in the bytes before and in its own."""
+    j = torch.arange(8, device=bits.device, dtype=torch.uint8)
+
+    def ones(byte: Tensor) -> Tensor:  # set bits of a byte, in three shifts
+        byte = byte - (byte >> 1 & 0x55)
+        byte = (byte & 0x33) + (byte >> 2 & 0x33)
+        return (byte + (byte >> 4)) & 0x0F
+
+    count = ones(bits).int()
+    start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(bits)
+    place = start[..., None] + ones(bits[..., None] & ((1 << j) - 1))
+    kept = (bits[..., None] >> j & 1).bool()
+    # where no survivor follows, the place is one too far
+    W = torch.where(kept, values[place.clamp_max(max(0, len(values) - 1))], 0) if len(values) else kept.to(values.dtype)
+    return W.flatten(1)[:, :n]
+
+
 # What travels with a model, besides the tokenizer's main file and the history
 TRAVELS = (
     "generation_config.json",
@@ -545,41 +599,100 @@ def open_pt(path: Path) -> Checkpoint:
         raise UserError(f"{path}: {WEIGHTS_ALONE}")
     if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
         raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
-    check_version(data.get("version"), path)
-    data = {"tokenizer": None, "history": [], "files": {}, **data}
-    for key, kind in {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict}.items():
+    check_version(data.get("version"), path, (VERSION, PT_VERSION))
+    data = {"tokenizer": None, "history": [], "files": {}, "packed": {}, **data}
+    kinds = {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict, "packed": dict}
+    for key, kind in kinds.items():
         if not isinstance(data[key], kind):
             raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
     for name, content in data["files"].items():
         if not travels(str(name)) or not isinstance(content, bytes):
             raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
-    ckpt = Checkpoint(path, data["config"], torch_tensors(path, "model"))
+    ckpt = Checkpoint(path, data["config"], unpacked_tensors(path, torch_tensors(path, "model"), data["packed"]))
     ckpt.tokenizer, ckpt.files, ckpt.history = data["tokenizer"], data["files"], checked_history(data["history"], path)
     return ckpt
 
 
+BITS = ".bits"  # what is added to a weight's name for its mask
+
+
+def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
+    """The tensors of a .pt of ours, each packed one as a dense tensor that is made when it is asked for."""
+
+    def get(name: str, n: int) -> Tensor:
+        values, bits = stored[name][1](), stored[name + BITS][1]()
+        if unpack_mask(bits, n).count_nonzero() != len(values):
+            raise UserError(f"{path}: {name} has another number of survivors than of bits: the file is damaged")
+        return unpack(values, bits, n)
+
+    tensors = {name: found for name, found in stored.items() if name.removesuffix(BITS) not in packed}
+    for name, shape in packed.items():
+        values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, f"{name}{BITS}"))
+        match shape:
+            case [int(m), int(n)] if bits.dtype == torch.uint8 and bits.shape == (m, math.ceil(n / 8)):
+                meta = torch.empty(m, n, dtype=values.dtype, device="meta")
+            case _:
+                raise UserError(f"{path}: {name!r:.80} is no packed weight of shape {shape!r:.80}: the file is damaged")
+        if values.dim() != 1:
+            raise UserError(f"{path}: {name} has survivors of shape {[*values.shape]}: the file is damaged")
+        tensors[name] = meta, functools.partial(get, name, n)
+    return tensors
+
+
 def write_pt(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
-    head = {"version": VERSION, "config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files}
-    write_torch(path, ckpt, meta, {**head, "history": ckpt.history})
+    head = {"config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files, "history": ckpt.history}
+    write_torch(path, ckpt, meta, head)
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor], head: dict | None = None) -> None:
     """torch.save of the tensors that `meta` names, in its dtypes: a state dict, or with `head` that dict and the state
-    dict as its `model`. One tensor at a time is in memory.
+    dict as its `model`, in which matrices are packed where that takes less. One tensor at a time is in memory.
 
-    Blank tensors are saved first, which take room in the file but none in memory; then each weight is written at its
-    offset. The zip's checksums of the weights stay empty; torch.load does not look at them.
+    The weights are written first, since what a packed one takes is known when it is there. The pickle that describes
+    them comes from a file of blank tensors, which take room in it but none in memory.
     """
-    blank = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in meta.items()}
-    with skip_data():
-        save_torch(blank if head is None else {**head, "model": blank}, path)
-    saved = torch.load(path, map_location="meta", weights_only=True)
-    if head is not None:
-        saved = saved["model"]
-    with open(path, "r+b") as f:
+    blank, packed = {}, {}
+    with writing(path) as record:
         for name, w in meta.items():
-            f.seek(saved[name].untyped_storage()._checkpoint_offset)
-            f.write(converted(tensors, name, w.dtype))
+            parts = {name: cast(tensors[name], w.dtype, name).contiguous()}
+            if head is not None and w.dim() == 2:
+                W = parts[name]
+                mask = W.view({2: torch.int16, 4: torch.int32}[W.element_size()]) != 0  # a negative zero is kept
+                if packed_size(W, int(mask.count_nonzero())) < W.nbytes:
+                    parts[name], parts[name + BITS] = pack(W, mask)
+                    packed[name] = [*W.shape]
+            for key, part in parts.items():
+                record(f"data/{len(blank)}", part)
+                blank[key] = torch.empty(part.shape, dtype=part.dtype)
+        if head is not None:
+            version = PT_VERSION if packed else VERSION
+            blank = {"version": version, **head, "packed": packed, "model": blank}
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+            with skip_data():
+                save_torch(blank, Path(folder) / "blank")
+            with zipfile.ZipFile(Path(folder) / "blank") as z:
+                for entry in z.namelist():
+                    name = entry.partition("/")[2]
+                    if name in ("data.pkl", "byteorder"):
+                        record(name, torch.frombuffer(bytearray(z.read(entry)), dtype=torch.uint8))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
+    """Yields a function that adds a tensor's bytes to a new PyTorch file. A full disk is an OSError."""
+    try:
+        file = torch._C.PyTorchFileWriter(str(path))
+
+        def record(name: str, w: Tensor) -> None:
+            whole = (
+                w if w.untyped_storage().nbytes() == w.nbytes else w.clone()
+            )  # a mapped weight is a part of its file
+            file.write_record(name, whole.untyped_storage(), w.nbytes)
+
+        yield record
+        file.write_end_of_file()
+    except RuntimeError as e:
+        raise OSError(str(e).splitlines()[0]) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, prune_by_magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import difference, error, finished, start, wait_for, world  # noqa: F401, F811  world: a fixture
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -21,7 +22,16 @@ from torch.utils.checkpoint import checkpoint
 import spp
 import train
 from bench.linear import saved_bytes, units
-from data.checkpoint import VERSION, UserError, write_checkpoint
+from data.checkpoint import (
+    VERSION,
+    UserError,
+    open_checkpoint,
+    pack,
+    packed_size,
+    unpack,
+    unpack_by_places,
+    write_checkpoint,
+)
 from model import PRESETS, Llama, cli, load, open_llama, save
 from spp import (
     METHODS,
@@ -112,8 +122,8 @@ def test_gradients_equal_finite_differences_in_float64(make):
     layer = make()
     for name in layer.factors:  # the layer's own are float32, and so are the gradients that it gives them
         setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name), dtype=torch.float64)))
-    in_float32 = layer.factor_gradients
-    layer.factor_gradients = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
+    in_float32 = layer.reduce
+    layer.reduce = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     learned = [getattr(layer, name) for name in layer.factors]
     assert torch.autograd.gradcheck(lambda x, *learned: layer(x), (x, *learned))
@@ -643,3 +653,130 @@ def test_a_merge_without_the_mask_still_asserts_the_zeros_of_what_is_sparse_anyw
     monkeypatch.setattr(SPPLinear, "effective_weight", lambda self, W, alpha, beta: torch.ones_like(W))
     with pytest.raises(AssertionError, match="a pruned weight came back"):
         merge(pruned, masked=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# survivors and bits
+
+
+def n_of_m(W, n, m):
+    groups = W.view(-1, m)
+    return groups.scatter(1, groups.abs().topk(m - n, largest=False).indices, 0).view_as(W)
+
+
+def unstructured(W, sparsity):
+    return W.masked_fill(torch.rand_like(W, dtype=torch.float32) < sparsity, 0)
+
+
+PATTERNS = {
+    "2:4": lambda W: n_of_m(W, 2, 4),
+    "2:8": lambda W: n_of_m(W, 2, 8),
+    "4:8": lambda W: n_of_m(W, 4, 8),
+    "0.5": lambda W: unstructured(W, 0.5),
+    "0.75": lambda W: unstructured(W, 0.75),
+    "0.9": lambda W: unstructured(W, 0.9),
+    "no zero": lambda W: W,
+    "zeros": torch.zeros_like,
+    "45 columns": lambda W: unstructured(W[:, :45].contiguous(), 0.6),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_packed_weight_comes_back_bit_for_bit(pattern, dtype):
+    W = PATTERNS[pattern](torch.randn(24, 48, dtype=dtype))
+    values, bits = pack(W)
+    assert len(values) == W.count_nonzero() and bits.shape == (24, math.ceil(W.shape[1] / 8))
+    for function in (unpack, unpack_by_places):  # on a CPU, and what is compiled on a GPU
+        assert function(values, bits, W.shape[1]).equal(W)
+    assert packed_size(W, len(values)) == values.nbytes + bits.nbytes
+    assert pack(-W * (W == 0))[0].numel() == 0  # negative zeros are zeros
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("method", ("spp", "lora", "masked", "masked_lora"))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_packed_layer_is_the_dense_one_bit_for_bit_and_saves_nothing(pattern, method, dtype):
+    W = PATTERNS[pattern](torch.randn(24, 48, dtype=dtype))
+    dense = METHODS[method](spp.as_linear(W), r=4)
+    for name in dense.factors:
+        nn.init.uniform_(getattr(dense, name), -0.5, 0.5)
+    packed = copy.deepcopy(dense)
+    assert packed.pack(packed.weight.detach()) == (pattern != "no zero")
+    x = torch.randn(2, 5, W.shape[1], dtype=dtype, requires_grad=True)
+    got = []
+    for layer in (dense, packed):
+        y = checkpoint(layer, x, use_reentrant=False)  # as --activation_checkpointing runs it
+        learning = [p for p in layer.parameters() if p.requires_grad]
+        got.append([layer(x), y, *torch.autograd.grad(y.square().sum(), [x, *learning], materialize_grads=True)])
+    if method == "masked" and pattern != "no zero":
+        got[0][-1] = got[0][-1][W != 0]
+        assert packed.weight.numel() == W.count_nonzero()  # the optimizer's moments too have as many numbers
+    assert all(a.equal(b) for a, b in zip(*got, strict=True))
+    assert packed.merged().equal(dense.merged()) and packed.eval()(x).equal(dense.eval()(x))
+    if method != "lora":  # which keeps x's product with A, packed or not
+        assert saved_bytes(packed.train(), x) == 0
+
+
+LONG_RUN = ("--epochs", 4, "--save_interval", 3, "--eval_interval", 5)
+
+
+@pytest.mark.parametrize("method", ("spp", "lora", "masked_lora", "masked"))
+def test_packed_training_gives_the_dense_losses_and_adapters(world, tmp_path, method):  # noqa: F811
+    flags = ("--method", method, "--epochs", 1)
+    (dense, log), (packed, packed_log) = (
+        finished(world, tmp_path / name, *flags, *more) for name, more in (("dense", ()), ("packed", ["--packed"]))
+    )
+    assert packed_log == log if method != "masked" else len(packed_log) == len(log)
+    before = open_checkpoint(world / "pruned.pt")
+    for name, w in packed.items():
+        if w.dim() == 1 and method == "masked":
+            torch.testing.assert_close(w, dense[name][before[f"model.{name}"] != 0], rtol=0, atol=1e-6)
+        else:
+            assert w.equal(dense[name]), name
+    merged = [open_checkpoint(tmp_path / name / "merged.pt") for name in ("dense", "packed")]
+    for name, w in merged[0].items():
+        torch.testing.assert_close(merged[1][name], w, rtol=0, atol=1e-6 if method == "masked" else 0, msg=name)
+        assert not w[before[name] == 0].any()
+
+
+def test_a_packed_run_resumes_bit_for_bit_and_two_processes_give_the_same(world, tmp_path):  # noqa: F811
+    for method in ("spp", "masked"):
+        flags = ("--method", method, "--packed", *LONG_RUN)
+        adapter, log = finished(world, tmp_path / method, *flags)
+        job = start(world, tmp_path / "killed" / method, *flags)
+        wait_for(tmp_path / "killed" / method / "log.jsonl", '"step": 7,', job.running)
+        job.kill()
+        job.wait()
+        again, log_again = finished(world, tmp_path / "killed" / method, *flags, "--resume")
+        assert difference(again, adapter) == 0 and log_again == log
+        both, _ = finished(world, tmp_path / "two" / method, *flags, processes=2)
+        assert difference(both, adapter) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--fsdp",), "--fsdp, which cuts a weight by rows, and rows have different numbers of survivors"),
+        (("--method", "dynamic", "--sparsity", "2:4"), "--method dynamic, which lets zeros learn"),
+        (("--matmul", "chunked"), "--matmul chunked, which keeps the dense weight for the backward pass"),
+        (("--method", "masked", "--compile"), "--compile, which may keep the dense weights"),
+    ],
+)
+def test_what_packing_does_not_go_with_is_refused(flags, words):
+    args = train.make_parser().parse_args(["--ckpt", "pruned.pt", "--packed", "--device", "cpu", *flags])
+    with pytest.raises(UserError, match=f"--packed: does not go with {words}"):
+        train.check_settings(args)
+
+
+def test_a_model_without_zeros_is_said_and_held_dense_and_nan_ends_in_one_line(world, tmp_path):  # noqa: F811
+    save(Llama(PRESETS["test"]), tmp_path / "dense.pt")
+    job = start(world, tmp_path / "run", "--ckpt", tmp_path / "dense.pt", "--packed", "--epochs", 1)
+    assert job.wait() == [0], job.text
+    assert f"note: --packed: {tmp_path / 'dense.pt'} has too few zeros for it to save memory" in job.text
+    model = load(world / "pruned.pt")[0]
+    W = model.model.layers[1].mlp.up_proj.weight.data
+    W[tuple(W.nonzero()[0])] = math.nan
+    save(model, tmp_path / "nan.pt")
+    line = error(start(world, tmp_path / "nan", "--ckpt", tmp_path / "nan.pt", "--packed"))
+    assert "nan.pt: model.layers.1.mlp.up_proj.weight holds NaN or Inf (1 such tensors)" in line
