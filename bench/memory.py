@@ -2,7 +2,9 @@
 
     python bench/memory.py --preset llama-2-70b --dtype bfloat16 --fsdp --activation_checkpointing --processes 8
 
-Takes train.py's flags, and the number of processes. Where --data holds prepared data, its largest micro-batch is what is
+    python bench/memory.py --table      # the README's: what fits one GPU, dense and packed
+
+Takes train.py's flags, and the number of processes; with --packed the share of zeros is the checkpoint's, or --zeros. Where --data holds prepared data, its largest micro-batch is what is
 counted, and the length of the run is printed too; otherwise it is the paper's, filled with examples of 512 tokens.
 
 Memory is counted, not computed from formulas: a training step is run on fake tensors, which have shapes and lifetimes but
@@ -26,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from model import PRESETS, Llama, LlamaConfig, cli, number, open_llama  # noqa: E402
+from model import PRESETS, Llama, LlamaConfig, Parser, cli, number, open_llama, sparsity_of  # noqa: E402
+from spp import AdapterLinear  # noqa: E402
 
 
 class LiveBytes(TorchDispatchMode):
@@ -56,10 +59,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
+    """train.py's model on the meta device, with --packed in the shapes that survivors and bits have."""
+    model = train.build(args, config)
+    for layer in model.modules():
+        if args.packed and isinstance(layer, AdapterLinear):
+            m, n = layer.shape
+            survivors = torch.empty(round((1 - args.zeros) * m * n), dtype=layer.weight.dtype, device="meta")
+            layer.weight = nn.Parameter(survivors, layer.weight.requires_grad)
+            layer.bits = torch.empty(m, math.ceil(n / 8), dtype=torch.uint8, device="meta")
+    return model
+
+
 def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -> np.ndarray:
     """Bytes alive (before a step, after its forward pass, at its peak), for a micro-batch of rows x T tokens."""
     # Scaled and windowed positions look at a token's number, which a fake tensor has not; plain ones have their shapes.
-    model = train.build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
+    model = build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
     with FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():  # from the meta device, which is not counted, to fake tensors
             for name, p in module.named_parameters(recurse=False):
@@ -115,19 +130,52 @@ def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[
     }
 
 
-def main():
+CARDS = (8, 12, 24, 48, 80)  # GB, of 10^9 bytes; the driver's context takes half a one
+
+
+def print_table() -> None:
+    """Bytes of training on one GPU with activation checkpointing, the paper's micro-batches, bfloat16."""
+    forms = {"dense": [], "packed, 2:4": ["--packed", "--zeros", "0.5"], "packed, 75%": ["--packed", "--zeros", "0.75"]}
+    print(f"| | {' | '.join(f'{method}, {form}' for method in ('spp', 'masked') for form in forms)} |")
+    print("|---" * 7 + "|")
+    for preset in ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b"):
+        cells = []
+        for method in ("spp", "masked"):
+            for flags in forms.values():
+                line = ["--preset", preset, "--method", method, "--dtype", "bfloat16", "--activation_checkpointing"]
+                args = make_parser().parse_args([*line, *flags])
+                train.fill_in(args, PRESETS[preset], None)
+                rows = args.max_tokens // train.PAPER_LENGTH
+                needed = sum(estimate(args, build(args, PRESETS[preset]), rows, train.PAPER_LENGTH).values()) / 1e9
+                card = next((f"{size} GB" for size in CARDS if needed + 0.5 <= size), "none")
+                cells.append(f"{needed:.1f}: {card}")
+        print(f"| {preset} | {' | '.join(cells)} |", flush=True)
+
+
+def make_parser() -> Parser:
     parser = train.make_parser()
     parser.description = "Print what each process of a run of train.py would need, and how long the run is."
     parser.add_argument("--processes", type=number(int, 1), default=1, help="of the run")
+    zeros = "share of zeros in the linears of a --preset with --packed"
+    parser.add_argument("--zeros", type=number(float, 0, high=1), default=0.5, help=zeros)
+    return parser
+
+
+def main():
+    if sys.argv[1:] == ["--table"]:
+        return print_table()
+    parser = make_parser()
     args = parser.parse_args()
     args.device = "cpu"  # whatever was given: no device is used
     train.check_settings(argparse.Namespace(**{**vars(args), "preset": None}))  # shapes need no mask
     ckpt, config = open_llama(args.ckpt) if args.ckpt else (None, PRESETS[args.preset])
     train.fill_in(args, config, ckpt)
+    if ckpt is not None:
+        args.zeros = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])[0]  # as a sample of all
     data = None
     if (Path(args.data) / "train.npy").exists():
         data, _ = train.read_data(args, config, ckpt, args.processes)
-    model = train.build(args, config)
+    model = build(args, config)
 
     # --- the micro-batches: all of an epoch, or without data one of the paper's
     shapes = [(max(1, args.max_tokens // train.PAPER_LENGTH), min(train.PAPER_LENGTH, args.max_tokens))]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import prune_by_magnitude
 from test_evaluate import mmlu, on_gpu
 from test_runs import PAPER, ROOT, script, trainings
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,13 +60,20 @@ def together(text: str) -> float:
 
 
 @pytest.mark.stress
-def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path):
+@pytest.mark.parametrize(
+    "more", ([], ["--packed"], ["--packed", "--method", "masked"]), ids=("dense", "packed", "masked")
+)
+def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path, more):
     """Resident memory, without Python and PyTorch's own. malloc is told to give back what is freed: by itself it keeps
     up to half as much again for later."""
-    save(Llama(LlamaConfig(8000, 1024, 2816, num_hidden_layers=4, num_attention_heads=8)), tmp_path / "pruned.pt")
+    model = Llama(LlamaConfig(8000, 1024, 2816, num_hidden_layers=14, num_attention_heads=8))  # 190M
+    save(prune_by_magnitude(model, 1, 4), tmp_path / "pruned.pt")
+    del model
     data = write_data(tmp_path / "data", 6 * [512])
     flags = ["--ckpt", tmp_path / "pruned.pt", "--data", data, "--out_dir", tmp_path / "run", "--device", "cpu"]
-    flags += ["--rank", 4, "--batch_size", 6, "--max_tokens", 3072, "--epochs", 1]
+    flags += [] if "masked" in more else ["--rank", 4]
+    flags += [*more, "--batch_size", 6, "--max_tokens", 3072, "--epochs", 1]
+    flags += ["--activation_checkpointing"]
     estimate = together(needs(*flags))
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     code = "import torch, train; (torch.ones(999, 999) @ torch.ones(999, 999)); print(train.peak_memory('cpu'))"
@@ -252,3 +260,22 @@ def test_counting_frees_what_is_dropped_and_counts_views_once():
         assert live.now == 4000 and live.peak == 8000
         del y
         assert live.now == 0
+
+
+@pytest.mark.parametrize(
+    "preset, method, zeros, card", [("llama-2-70b", "spp", 0.75, 80), ("llama-7b", "spp", 0.5, 12)]
+)
+def test_packed_models_fit_the_cards_that_the_readme_names(preset, method, zeros, card):
+    flags = (
+        "--preset",
+        preset,
+        "--method",
+        method,
+        "--dtype",
+        "bfloat16",
+        "--activation_checkpointing",
+        "--data",
+        "none",
+    )
+    dense, packed = (together(needs(*flags, *more)) * 2**30 for more in ((), ("--packed", "--zeros", zeros)))
+    assert packed + 0.5e9 < card * 1e9 < dense
