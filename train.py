@@ -790,7 +790,7 @@ def state_is_whole(state: dict, model: Llama) -> bool:
     try:
         shapes = {name: w.shape for name, w in state["model"].items()}
         for name, shape in shapes.items():
-            if name in learning and len(shape) == 1:  # survivors may be in place of a weight: no shape tells how many
+            if name in learning and name.endswith("_proj.weight") and len(shape) == 1:  # survivors: any number of them
                 expected[name] = learning[name] = shape
         moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
         optimizer = state["optimizer"]
