@@ -34,7 +34,7 @@ spends 3:
     backward   W^ is formed again
                dx = g W^                      1 unit; g is the gradient of the loss with respect to y
                G  = g^T x                     1 unit: the gradient with respect to W^, m x n
-               GW = G o W                     in place; row i belongs to block k = i // (m/r)
+               GW = G o W                     block by block; row i belongs to block k = i // (m/r)
                d beta_i   = scale * sum over j of GW_ij alpha_kj
                d alpha_kj = scale * sum over the rows i of block k of GW_ij beta_i
 
@@ -43,13 +43,16 @@ need G wherever W is not 0, each entry a sum over T tokens. For comparison: a fr
 2 and a little. The three forms are one function, and equal to rounding.
 
 bfloat16. Adapters are float32, and W^ is formed in float32 and rounded once to W's dtype; G has the dtype of x. As long
-as |scale * alpha * beta| is below 2^-9, rounding gives W back and the network does not see the update; but then the
-gradient hardly depends on it either, so the float32 factors keep growing until it is seen. Rounding stochastically, or
-keeping base and branch apart, ends at the same loss (bench/rounding.py).
+as |scale * alpha * beta| is below 2^-9, half a step of bfloat16, rounding gives W back and the output does not change;
+but the float32 factors still get their gradients, and grow past it. Rounding stochastically, or keeping base and branch
+apart, ends at the same loss (bench/rounding.py).
 
-The other ways to learn under a mask are the same product with another W^, a few lines each (`METHODS`): all surviving
-weights (`masked`, equation 3), a dense weight whose mask follows it (`dynamic`, equation 2), W + mask o BA
-(`masked_lora`). LoRA (`lora`, equation 6) is dense until it is merged under the mask: the paper's LoRA*.
+The other ways to learn under a mask are the same product with another W^, a few lines each (`METHODS`):
+
+    (2)  dynamic        W^ = W o mask, the mask of the largest |W|; W is dense and gets the gradient of W^ as it is
+    (3)  masked         W^ = W; every weight that is not 0 learns
+    (6)  lora           W^ = W + scale * B A, dense until it is merged under the mask: the paper's LoRA*
+         masked_lora    W^ = W + scale * mask o (B A)
 
     python spp.py --ckpt pruned.pt --adapter out/spp/adapter.pt --out merged.pt
 
@@ -127,7 +130,8 @@ class AdapterLinear(nn.Module):
         if not self.training:
             return F.linear(x, self.merged().to(x.dtype))
         factors = [getattr(self, name) for name in self.factors]
-        return EffectiveMatmul.apply(x, self.form, self.reduce, self.weight, self.bits, *factors)
+        # All as arguments: autograd keeps and gives gradients to no others.
+        return EffectiveMatmul.apply(x, self.weight_of, self.gradients_of, self.weight, self.bits, *factors)
 
     def pack(self, W: Tensor) -> bool:
         """Holds W (m, n), on the CPU, as a vector of its survivors and `bits`, where that takes less memory. W is then
@@ -142,10 +146,11 @@ class AdapterLinear(nn.Module):
         """W (m, n), detached."""
         return unpack(self.weight.detach(), self.bits, self.shape[1])
 
-    def form(self, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
+    def weight_of(self, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
+        """W^ from W, or from its survivors and their bits."""
         return self.effective_weight(unpack(W, bits, self.shape[1]), *factors)
 
-    def reduce(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients_of(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
         return self.factor_gradients(G, unpack(W, bits, self.shape[1]), *factors)
 
     def merged(self, masked: bool = True) -> Tensor:
@@ -177,7 +182,7 @@ class SPPLinear(AdapterLinear):
         zero_init: str = "beta",
         residual: bool = True,
     ):
-        super().__init__(linear, r, scale if residual else 1.0)
+        super().__init__(linear, r, scale if residual else 1.0)  # without W beside it s would be one more factor
         m, n = self.weight.shape
         assert m % r == 0, f"r = {r} does not divide m = {m}"
         self.matmul, self.zero_init, self.residual = matmul, zero_init, residual
@@ -202,9 +207,11 @@ class SPPLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         W, alpha, beta = self.weight, self.alpha, self.beta
-        if self.matmul == "fused" and self.training and torch.compiler.is_compiling():
-            return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
-        if self.matmul == "fused" or not self.training:
+        if not self.training:
+            return super().forward(x)
+        if self.matmul == "fused":
+            if torch.compiler.is_compiling():  # one node of the graph in each pass, and no W^ kept between them
+                return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
             return super().forward(x)
         assert self.bits is None, "only the fused form makes W in each pass"
         m = len(W)
@@ -217,12 +224,12 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        return self.form(W, None, alpha, beta)
+        return self.weight_of(W, None, alpha, beta)
 
-    def form(self, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor) -> Tensor:
+    def weight_of(self, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor) -> Tensor:
         return spp_weight(W, bits, alpha, beta, self.scale, self.residual)
 
-    def reduce(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients_of(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
         return None, *spp_gradients(G, W, bits, *factors, self.scale)
 
 
@@ -249,14 +256,14 @@ def reduce(
     """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G: see `form`."""
     GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
     beta = scale * beta
-    if sums:  # which are compiled together with the product: a factor of bmm would go through memory
+    if sums:  # on a GPU, where they are one kernel with the product above; bmm would want GW in memory
         return (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
     d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
     d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
     return d_alpha, scale * d_beta
 
 
-@functools.cache
+@functools.cache  # compiled once, at the first use
 def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
@@ -295,17 +302,17 @@ def spp_gradients(
     return torch.cat(d_alpha), torch.cat(d_beta).flatten()
 
 
-def product(x: Tensor, form: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
+def product(x: Tensor, weight_of: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
     """y = x (W^)^T."""
-    return F.linear(x, form(W, bits, *factors).to(x.dtype))
+    return F.linear(x, weight_of(W, bits, *factors).to(x.dtype))
 
 
 def gradients(
     g: Tensor,
     needed: tuple[bool, ...],
     x: Tensor,
-    form: Callable,
-    reduce: Callable,
+    weight_of: Callable,
+    gradients_of: Callable,
     W: Tensor,
     bits: Tensor | None,
     *factors: Tensor,
@@ -314,13 +321,13 @@ def gradients(
     survivors, mask = W.numel(), bits
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
-    W_hat = form(W, bits, *factors).to(x.dtype)
+    W_hat = weight_of(W, bits, *factors).to(x.dtype)
     dx = g @ W_hat if needed[0] else None  # the first block's inputs come from frozen embeddings
     if not needed[1]:
         return dx, None, None, *(None for _ in factors)
-    buffer = None if W_hat is W else W_hat
+    buffer = None if W_hat is W else W_hat  # W^ may be W itself (`masked`), which G must not overwrite
     G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
-    d_W, *d_factors = reduce(G, W, bits, *factors)
+    d_W, *d_factors = gradients_of(G, W, bits, *factors)
     if d_W is not None and mask is not None:  # nonzero_static: the number is known, and no shape depends on the mask
         places = unpack_mask(mask, x.shape[-1]).flatten().nonzero_static(size=survivors)
         d_W = d_W.flatten()[places.squeeze(1)]
@@ -330,28 +337,35 @@ def gradients(
 class EffectiveMatmul(torch.autograd.Function):
     """y = x (W^)^T for a layer's effective weight W^, which is formed in each pass and never saved: 3 units.
 
-    x (..., n), W (m, n), factors: what the layer learns; form and reduce: its `effective_weight`, `factor_gradients`.
+    x (..., n), W (m, n) or its survivors with their bits, factors: what the layer learns; weight_of, gradients_of: its
+    methods of these names.
     Nothing saved is a view or a cast of W, so that FSDP can free the gathered weight between the passes.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, form: Callable, reduce: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight_of: Callable,
+        gradients_of: Callable,
+        W: Tensor,
+        bits: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, W, bits, *factors)
-        ctx.form, ctx.reduce = form, reduce
-        return product(x, form, W, bits, *factors)
+        ctx.weight_of, ctx.gradients_of = weight_of, gradients_of
+        return product(x, weight_of, W, bits, *factors)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-        dx, *others = gradients(g, needed, x, ctx.form, ctx.reduce, *rest)
+        dx, *others = gradients(g, needed, x, ctx.weight_of, ctx.gradients_of, *rest)
         return dx, None, None, *others
 
 
-# The same as two operators for torch.compile, which sees one node in each pass; what it traces it may keep, W^ too.
-# An operator takes tensors and numbers, no layer, so this is SPP's alone; other layers are traced.
+# torch.compile would trace into EffectiveMatmul, and could then keep W^ for the backward pass. An operator is one node
+# to it. Operators take tensors and numbers, no methods of a layer, so only SPP has a pair; other layers are traced.
 
 
 @torch.library.custom_op("spp::product", mutates_args=())
@@ -373,9 +387,9 @@ def spp_product_gradients(
     scale: float,
     residual: bool,
 ) -> list[Tensor]:
-    form = functools.partial(spp_weight, scale=scale, residual=residual)
-    reduce = lambda *args: (None, *spp_gradients(*args, scale))
-    found = gradients(g, (dx, True), x, form, reduce, W, bits, alpha, beta)
+    weight_of = functools.partial(spp_weight, scale=scale, residual=residual)
+    gradients_of = lambda *args: (None, *spp_gradients(*args, scale))
+    found = gradients(g, (dx, True), x, weight_of, gradients_of, W, bits, alpha, beta)
     return [w for w in found if w is not None]  # (dx,) d alpha, d beta
 
 

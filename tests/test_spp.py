@@ -122,8 +122,8 @@ def test_gradients_equal_finite_differences_in_float64(make):
     layer = make()
     for name in layer.factors:  # the layer's own are float32, and so are the gradients that it gives them
         setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name), dtype=torch.float64)))
-    in_float32 = layer.reduce
-    layer.reduce = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
+    in_float32 = layer.gradients_of
+    layer.gradients_of = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     learned = [getattr(layer, name) for name in layer.factors]
     assert torch.autograd.gradcheck(lambda x, *learned: layer(x), (x, *learned))
@@ -229,9 +229,9 @@ def test_a_weight_costs_12_to_16_bytes_of_memory_traffic():
     W, G = (torch.randn(r, m // r, n).bfloat16() for _ in range(2))
     alpha, beta = torch.randn(r, n), torch.randn(r, m // r)
     small = 8 * (alpha.nbytes + beta.nbytes)  # the factors, and what is learned of them
-    forming = bytes_of(spp.form, torch.empty_like(W), W, alpha, beta, 2.0, True)
+    forming = bytes_of(spp.form, torch.empty_like(W), W, None, alpha, beta, 2.0, True)
     assert forming == pytest.approx(4 * m * n, abs=small)
-    reducing = bytes_of(functools.partial(spp.reduce, sums=True), G, W, alpha, beta, 2.0)
+    reducing = bytes_of(functools.partial(spp.reduce, sums=True), G, W, None, alpha, beta, 2.0)
     assert 4 * m * n <= reducing <= 8 * m * n + small
     assert 12 * m * n <= 2 * forming + reducing <= 16 * m * n + 3 * small
 
