@@ -238,16 +238,21 @@ class SPPLinear(AdapterLinear):
 
 
 def form(
-    out: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
-) -> None:
-    """W^ = W + scale * W~ of k blocks of rows, out: (k, m/r, n); W: the same, or its survivors with their bits; alpha:
-    (k, n), beta: (k, m/r)."""
-    W = unpack(W, bits, alpha.shape[1]).view_as(out).to(alpha.dtype)
+    W: Tensor,
+    bits: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+    residual: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """W^ = W + scale * W~ of k blocks of rows, (k, m/r, n), in its dtype. W: the same, or survivors with their bits;
+    alpha: (k, n), beta: (k, m/r). out: where it goes, by default a new tensor."""
+    dtype = W.dtype
+    W = unpack(W, bits, alpha.shape[1]).view(len(alpha), -1, alpha.shape[1]).to(alpha.dtype)
     M = (scale * beta)[:, :, None] * alpha[:, None, :]  # block k is the outer product of its betas with alpha_k
-    if residual:
-        torch.addcmul(W, W, M, out=out)
-    else:
-        torch.mul(W, M, out=out)
+    W_hat = torch.addcmul(W, W, M, out=out) if residual else torch.mul(W, M, out=out)
+    return W_hat.to(dtype)  # where it goes to `out` it has been rounded on the way
 
 
 def reduce(
@@ -279,12 +284,11 @@ def in_blocks(alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
     """W^ (m, n), in W's dtype. On a GPU one kernel, which reads W and writes W^: 4 bytes a weight in bfloat16."""
     (r, n), m = alpha.shape, len(beta)
-    W_hat = W.new_empty(m, n)
     if W.is_cuda:
-        compiled(form)(W_hat.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, residual)
-        return W_hat
+        return compiled(form)(W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
+    W_hat = W.new_empty(m, n)
     for alpha_k, W_k, beta_k, out in in_blocks(alpha, unpack(W, bits, n), beta, W_hat):
-        form(out, W_k, None, alpha_k, beta_k, scale, residual)
+        form(W_k, None, alpha_k, beta_k, scale, residual, out)
     return W_hat
 
 
