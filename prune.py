@@ -45,6 +45,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -598,16 +599,26 @@ def prune_checkpoint(
     batch = batch_size(config, tokens, device)
     blocks = stream_blocks(ckpt, config, device, dtype, start)
     bar = tqdm(blocks, "pruning", config.num_hidden_layers, initial=start, unit="block", disable=None)
-    for i, block in enumerate(bar, start):
-        report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
-        # First the block, then the inputs of the next: a run killed in between prunes this block once more.
-        with atomic(shard_file(work, i, config)) as tmp:
-            write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
-        with atomic(work / f"inputs-{i + 1:05}.pt") as tmp:
-            save_torch({"block": i + 1, "x": x, "report": report}, tmp)
-        (work / f"inputs-{i:05}.pt").unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as thread:
+        saving = thread.submit(lambda: None)
+        for i, block in enumerate(bar, start):
+            report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+            # First the block, then the inputs of the next: a run killed in between prunes this block once more.
+            with atomic(shard_file(work, i, config)) as tmp:
+                write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
+            saving.result()  # raises what went wrong
+            # Gigabytes, which reach the disk while the next block is at work. A copy, since that one overwrites x.
+            saving = thread.submit(save_inputs, work, i + 1, x.to("cpu", copy=True), [*report])
+        saving.result()
     finish(work, out, ckpt, config, entry, report, dtype)
     return report
+
+
+def save_inputs(work: Path, i: int, x: Tensor, report: list[dict]) -> None:
+    """Block i's inputs, and the report of those before it, in place of the file of the block before."""
+    with atomic(work / f"inputs-{i:05}.pt") as tmp:
+        save_torch({"block": i, "x": x, "report": report}, tmp)
+    (work / f"inputs-{i - 1:05}.pt").unlink(missing_ok=True)
 
 
 def shard_file(work: Path, i: int, config: LlamaConfig) -> Path:
