@@ -4,6 +4,7 @@ What it cannot show: which kernels a real build takes, what they round, NCCL, cu
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -26,12 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import evaluate
+import model
 import prune
 import train
 from bench import memory
 from bench.memory import LiveBytes
 from data.checkpoint import open_checkpoint
 from model import PRESETS, Block, Llama, LlamaConfig, load, rope_tables, save
+
+REAL = torch.version.cuda is not None  # runs/gpu.sh: the commands' results are then a real GPU's
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the pretended GPU
@@ -132,6 +136,15 @@ def line() -> str:
     return "?"
 
 
+class AtOnce(concurrent.futures.ThreadPoolExecutor):
+    """Runs what it is given before it returns."""
+
+    def submit(self, function, *args) -> concurrent.futures.Future:
+        done = concurrent.futures.Future()
+        done.set_result(function(*args))
+        return done
+
+
 @contextlib.contextmanager
 def cuda_is_there(memory: int):
     """torch.cuda as it is beside a GPU of so many bytes."""
@@ -143,6 +156,11 @@ def cuda_is_there(memory: int):
         for name, value in there.items():
             patch.setattr(torch.cuda, name, lambda *args, value=value: value)
         patch.setattr(torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state())
+        # the pretended GPU has one stream, and is there for one thread
+        for name in ("Stream", "current_stream"):
+            patch.setattr(torch.cuda, name, lambda: SimpleNamespace(synchronize=lambda: None))
+        patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        patch.setattr(model, "ThreadPoolExecutor", AtOnce)
         yield
 
 
@@ -161,7 +179,7 @@ def run(main, *flags) -> Gpu:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(sys, "argv", ["main", *map(str, flags)])
-        counted = stack.enter_context(gpu()) if "cuda" in flags else Gpu()
+        counted = stack.enter_context(gpu()) if "cuda" in flags and not REAL else Gpu()
         main()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -202,13 +220,14 @@ def test_prune_gives_the_masks_of_the_cpu(random_checkpoint, tmp_path, flags):
     cpu, cuda = (open_checkpoint(tmp_path / device) for device in ("cpu", "cuda"))
     for name, w in cpu.items():
         kept_alike = ((w == 0) == (cuda[name] == 0)).float().mean()
-        if method != "sparsegpt":  # the weights that stay are the model's
-            assert w.equal(cuda[name]), name
-        elif "bfloat16" in flags:  # attention is another kernel's, and rounds otherwise
+        if "bfloat16" in flags or REAL:  # what rounds otherwise may choose otherwise, where scores are close
             assert kept_alike > 0.99, name
-        else:
-            assert kept_alike == 1, name
+            continue
+        assert kept_alike == 1, name
+        if method == "sparsegpt":
             torch.testing.assert_close(w, cuda[name], rtol=0, atol=1e-4)
+        else:  # the weights that stay are the model's
+            assert w.equal(cuda[name]), name
 
 
 TRAINING = ["--method spp", "--matmul chunked", "--matmul repeat", "--activation_checkpointing", "--dtype bfloat16"]
