@@ -72,7 +72,9 @@ def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
 
 
 def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -> np.ndarray:
-    """Bytes alive (before a step, after its forward pass, at its peak), for a micro-batch of rows x T tokens."""
+    """Bytes alive (before a step, after its forward pass) and at the peaks of three spans: until the backward pass comes
+    to the first block, in that block, and after it, for a micro-batch of rows x T tokens. Each of the five grows by the
+    same with every layer, which the highest of the peaks does not: in a deeper model it may be in another span."""
     # Scaled and windowed positions look at a token's number, which a fake tensor has not; plain ones have their shapes.
     model = build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
     with FakeTensorMode(), LiveBytes() as live:
@@ -84,7 +86,19 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
         model.tie_weights()
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning)
+        peaks = []
+
+        def end_of_span(gradient: torch.Tensor | None = None) -> None:
+            peaks.append(live.peak)
+            live.peak = live.now
+
+        def watch(block: nn.Module, args: tuple, x: torch.Tensor) -> None:
+            if x.requires_grad:
+                x.register_hook(end_of_span)
+
+        model.model.layers[0].register_forward_hook(watch)
         for _ in range(2):  # the optimizer has its moments after the first
+            peaks.clear()
             before = live.peak = live.now
             tokens = torch.zeros(rows, T, dtype=torch.int64)
             with train.autocast(args):
@@ -94,26 +108,28 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
                 del x
             forward = live.now
             loss.backward()
+            end_of_span()
             del loss
             nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return np.array([before, forward, live.peak])
+            end_of_span()
+    return np.array([before, forward, *peaks])
 
 
 def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[str, int]:
     """Bytes of tensors that a process needs, by part, where the largest micro-batch has rows x T tokens."""
     n_layers, shards = model.config.num_hidden_layers, 1
     if n_layers <= 4:
-        before, forward, peak = simulate(args, model.config, rows, T)
+        before, forward, *peaks = simulate(args, model.config, rows, T)
     else:  # every layer beyond the second adds the same
         shallow = [dataclasses.replace(model.config, num_hidden_layers=n) for n in (2, 3)]
         two, three = (simulate(args, config, rows, T) for config in shallow)
-        before, forward, peak = two + (n_layers - 2) * (three - two)
+        before, forward, *peaks = two + (n_layers - 2) * (three - two)
     total = sum(p.nbytes for p in model.parameters())
     learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     masks = sum(b.nbytes for b in model.buffers())
-    temporaries = peak - forward
+    temporaries = max(peaks) - forward
     if args.fsdp and args.processes > 1:
         shards = args.processes
         # whole at the same time: the block at work, the one fetched ahead, and what lies outside of the blocks

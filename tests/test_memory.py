@@ -135,20 +135,20 @@ def test_5_shot_mmlu_fits(preset, gigabytes, monkeypatch):
 def test_the_parts_of_one_process_add_up_to_the_peak_of_a_step(method):
     line = f"--preset test --method {method} --dtype bfloat16" + " --sparsity 2:4" * (method == "dynamic")
     args, model = settings(line)
-    peak = memory.simulate(args, model.config, 2, 32)[2]
+    peak = memory.simulate(args, model.config, 2, 32)[2:].max()
     parts = memory.estimate(args, model, 2, 32)
     # beside them are the tokens, and the optimizer's counts of its steps
-    assert sum(parts.values()) == pytest.approx(peak, abs=1000) and peak > 500_000
+    assert sum(parts.values()) == pytest.approx(peak, abs=1000) and peak > 400_000
 
 
 @pytest.mark.parametrize("flags", ["", "--activation_checkpointing", "--matmul chunked"])
 def test_a_deep_model_needs_what_its_first_layers_say(flags):
     config = LlamaConfig(256, 32, 64, num_hidden_layers=9, num_attention_heads=4)
     args, _ = settings(f"--preset test --dtype bfloat16 {flags}")
-    before, forward, peak = memory.simulate(args, config, 2, 32)
+    before, forward, *peaks = memory.simulate(args, config, 2, 32)
     parts = memory.estimate(args, train.build(args, config), 2, 32)
     assert parts["activations"] == forward - before
-    assert parts["gradients, temporaries"] == peak - forward
+    assert parts["gradients, temporaries"] == max(peaks) - forward
 
 
 def test_sharding_divides_what_is_held_and_leaves_two_blocks_and_the_rest_whole():
