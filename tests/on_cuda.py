@@ -394,7 +394,7 @@ FORMS += ["--packed", "--method masked", "--method dynamic --sparsity 2:4", "--m
 def test_training_a_7b_takes_on_a_gpu_what_bench_memory_says(monkeypatch, flags):
     args = train.make_parser().parse_args(f"--preset llama-7b --dtype bfloat16 {flags}".split())
     config = dataclasses.replace(PRESETS["llama-7b"], num_hidden_layers=2)
-    args.device = "cpu"
+    args.device, args.zeros = "cpu", 0.5
     said = memory.simulate(args, config, 8, 512)[2:].max()
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))  # train.py's, there
@@ -416,4 +416,5 @@ def test_training_a_7b_takes_on_a_gpu_what_bench_memory_says(monkeypatch, flags)
     monkeypatch.setattr(memory, "LiveBytes", lambda: live)
     with cuda_is_there(80 * 2**30), torch.device("cuda"):
         needed = memory.simulate(args, config, 8, 512)[2:].max()
-    assert needed == pytest.approx(said, rel=0.03)
+    # W^ and G of one linear, 90 MB each, may stand beside each other, which is much for two layers alone
+    assert needed == pytest.approx(said, rel=0.03, abs=0.2 * 2**30)
