@@ -58,7 +58,6 @@ the model's dtype before it compares them; here they stay float32.
 """
 
 import argparse
-import ast
 import dataclasses
 import functools
 import io
@@ -88,13 +87,11 @@ from data.checkpoint import (
     check_version,
     digest,
     lock,
-    parse_json,
-    read_bytes,
     read_json,
-    read_json_lines,
     read_utf8,
     write_json,
 )
+from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, read_tasks
 from data.tokenizer import Tokenizer
 from model import (
     LOGITS,
@@ -107,12 +104,12 @@ from model import (
     check_dtype,
     cli,
     common_dtype,
-    count_zeros,
     cut_into_batches,
     join_processes,
     number,
     open_llama,
     rope_tables,
+    sparsity_of,
     stream_blocks,
     tokenizer_of,
 )
@@ -131,265 +128,6 @@ MMLU = """
     professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions
 """.split()
 AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stands among the results and is no task
-
-# ----------------------------------------------------------------------------------------------------------------------
-# read: lm-eval's samples
-
-
-@dataclasses.dataclass
-class Document:
-    """One question of a multiple-choice task, or one page of a rolling task. The last four are set by `read_task`."""
-
-    record: dict  # as lm-eval wrote it
-    pairs: list[tuple[str, str | None]]  # (context, continuation) of each choice; of a rolling task one (text, None)
-    rolling: bool = False  # whether it is a page, every token of which is predicted
-    page: str = ""  # its original text, whose words and bytes count; what is scored may be a cleaned form
-    mutual_info: bool = False  # whether each choice comes once more, after an empty context, for acc_mutual_info
-    choices: list[str] | None = None  # without the white space that lm-eval puts before every choice of the task
-    mc2: bool = False  # whether acc is TruthfulQA's: how much of the probability the right choices have
-    gold: set[int] | None = None  # indices of the right choices; an index that is no choice's is never right
-    metrics: list[str] | None = None  # of those that the record names (all, where it names none) those computed here
-
-
-def read_task(path: str | Path) -> tuple[str, list[Document]]:
-    """A samples file of lm-eval 0.4.0 to 0.4.13: (task name, documents). UserError names the line that is wrong."""
-    path = Path(path)
-    records = without_repeats(read_records(path))
-    if not records:
-        raise UserError(f"{path}: holds no sample")
-    documents = [read_document(record, where) for where, record in records]
-    places = [where for where, _ in records]
-    kinds = [(d.rolling, d.record["doc"].keys(), d.record.get("metrics")) for d in documents]
-    for kind, where in zip(kinds, places, strict=True):
-        if kind != kinds[0]:
-            raise UserError(f"{where} is of another task than the first; give each task a file of its own")
-    name = re.sub(r"_\d{4}-\d\d-\d\dT.*$", "", path.stem.removeprefix("samples_"))
-    if not documents[0].rolling:
-        strip_delimiter(documents)
-        set_mc2(name, documents, path)
-        read_gold(documents, places)
-    elif not any(document.page for document in documents):
-        raise UserError(f"{path}: holds no text")
-    for document in documents:
-        document.metrics, others = known_metrics(document)
-    if not document.metrics:
-        raise UserError(f"{path}: is scored by {', '.join(others) or 'no metric'}, which is not computed here")
-    for document, where in zip(documents, places, strict=True):
-        check_logged(document, where)
-    return name, documents
-
-
-def read_tasks(paths: list[str]) -> dict[str, list[Document]]:
-    """{task name: documents} of several samples files. UserError where two are of one task."""
-    tasks = {}
-    for path in paths:
-        name, documents = read_task(path)
-        if name in tasks:
-            raise UserError(f"--tasks {path}: another file is of task {name} too")
-        tasks[name] = documents
-    return tasks
-
-
-def read_records(path: Path) -> list[tuple[str, dict]]:
-    """lm-eval's records, each with its place in the file, for messages: one on each line, or one JSON array
-    (until 0.4.2)."""
-    # A document may hold half of a surrogate pair where nothing is scored; what is scored, `is_text` looks at.
-    data = read_bytes(path)
-    if data.startswith(b"["):
-        records = enumerate(parse_json(data, path, list, surrogates=True), 1)
-        places = [(f"{path}: sample {i}", record) for i, record in records]
-    else:
-        places = list(read_json_lines(path, surrogates=True))
-    for where, record in places:
-        if not isinstance(record, dict) or not isinstance(record.get("doc"), dict) or "arguments" not in record:
-            raise UserError(f"{where} is not a sample of lm-eval's (no `doc` or `arguments`)")
-    return places
-
-
-def without_repeats(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The records, but of a document that was logged for several filters only the first."""
-    kept, seen = [], {}
-    for where, record in records:
-        doc_id, logged_by = str(record.get("doc_id", where)), record.get("filter")
-        same = [record.get(key) for key in ("doc_hash", "doc", "arguments")]
-        before, filters = seen.setdefault(doc_id, (same, []))
-        # A task with several filters logs each document once for each of them, with nothing else changed.
-        if same != before or (logged_by is not None and logged_by in filters):
-            raise UserError(f"{where} has the doc_id {doc_id:.40} of another line: two files were put together")
-        if not filters:
-            kept.append((where, record))
-        filters.append(logged_by)
-    return kept
-
-
-def read_document(record: dict, where: str) -> Document:
-    """A Document from lm-eval's record; what only the whole file tells, `read_task` adds. UserError, beginning with
-    `where`, for what cannot be scored."""
-    pairs, doc = read_pairs(record["arguments"], where), record["doc"]
-    if pairs[0][1] is None:
-        page = doc.get("page", pairs[0][0])
-        if not is_text(page):
-            raise UserError(f"{where}: its `page` is not a text")
-        return Document(record, pairs, rolling=True, page=page)
-    n, wanted = len(pairs), record.get("metrics")  # since 0.4.7; what was computed stands in the record always
-    mutual_info = "acc_mutual_info" in record or isinstance(wanted, list) and "acc_mutual_info" in wanted
-    if mutual_info:
-        if n % 2:
-            raise UserError(f"{where}: has {n} contexts for acc_mutual_info, an odd number: one was lost")
-        n //= 2
-    listed = doc.get("choices")  # where data sets keep them: a list, or {"text": [...], "label": [...]}
-    if isinstance(listed, dict):
-        listed = listed.get("text")
-    if isinstance(listed, list) and len(listed) > n:
-        raise UserError(f"{where}: has {n} choices, its document {len(listed)}: a choice was lost")
-    # Without the second half of acc_mutual_info, which some versions write without the delimiter
-    return Document(record, pairs, mutual_info=mutual_info, choices=[continuation for _, continuation in pairs[:n]])
-
-
-def read_pairs(arguments: Any, where: str) -> list[tuple[str, str | None]]:
-    """(context, continuation) of each choice, from [[context, continuation], ...] or, since 0.4.3, from
-    {"gen_args_0": {"arg_0": context, "arg_1": continuation}, "gen_args_1": ...}; of a rolling task one (text, None)."""
-    if isinstance(arguments, dict):
-        names = [f"gen_args_{i}" for i in range(len(arguments))]
-        if missing := [name for name in names if name not in arguments]:
-            raise UserError(f"{where}: {missing[0]} is missing: a choice was lost")
-        arguments = [arguments[name] for name in names]
-        arguments = [[a[key] for key in sorted(a)] if isinstance(a, dict) else a for a in arguments]
-    if not isinstance(arguments, list) or not all(isinstance(a, list) and a for a in arguments):
-        raise UserError(f"{where}: its `arguments` are not lm-eval's")
-    pairs = [(a[0], a[1] if len(a) > 1 else None) for a in arguments]
-    if any(isinstance(continuation, dict) for _, continuation in pairs):  # how to generate: {"until": [...]}
-        raise UserError(f"{where}: is of a generative task; only multiple-choice and rolling tasks can be scored")
-    rolling = len(pairs) == 1 and pairs[0][1] is None
-    texts = [pairs[0][0]] if rolling else [text for pair in pairs for text in pair]
-    if not all(is_text(text) for text in texts):
-        raise UserError(f"{where}: a context or a continuation is not a text")
-    if not rolling and len(pairs) < 2:
-        raise UserError(f"{where}: has {len(pairs)} choices, expected 2 or more")
-    return pairs
-
-
-def is_text(x: Any) -> bool:
-    """Whether x is a string of Unicode; JSON's may hold half of a surrogate pair, which no tokenizer takes."""
-    return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
-
-
-def strip_delimiter(documents: list[Document]) -> None:
-    """Takes the delimiter from a task's choices: the white space that all of them begin with."""
-    texts = [choice for document in documents for choice in document.choices]
-    n = common_prefix([text[: len(text) - len(text.lstrip())] for text in texts])
-    for document in documents:
-        document.choices = [choice[n:] for choice in document.choices]
-
-
-def set_mc2(name: str, documents: list[Document], path: Path) -> None:
-    """Sees whether a task is TruthfulQA's with several right choices. Its documents hold the choices of both its tasks,
-    and lm-eval logs the same target and metrics for both. UserError where neither the choices nor the name tell."""
-
-    def fits(kind: str) -> bool:
-        lists = [document.record["doc"].get(f"{kind}_targets") for document in documents]
-        return all(isinstance(x, dict) and x.get("choices") == d.choices for x, d in zip(lists, documents, strict=True))
-
-    mc1, mc2 = fits("mc1"), fits("mc2")
-    if mc2 and mc1 and "mc1" not in name and "mc2" not in name:
-        raise UserError(f"{path}: is of truthfulqa_mc1 or of truthfulqa_mc2; name the file samples_TASK.jsonl")
-    if "mc2" in name and not mc2:
-        raise UserError(f"{path}: its acc is the share of the right choices, and its documents have no mc2_targets")
-    for document in documents:
-        document.mc2 = mc2 and ("mc2" in name or not mc1)
-
-
-def read_gold(documents: list[Document], places: list[str]) -> None:
-    """Sets the right choices of a task's documents: one convention after the other."""
-    by_target = []  # (document, its target), where `doc` does not tell
-    for document, where in zip(documents, places, strict=True):
-        doc, choices = document.record["doc"], document.choices
-        contexts = {context for context, _ in document.pairs}
-        if document.mc2:
-            # TruthfulQA's mc2: a label for each choice, 1 where it is right.
-            labels = doc["mc2_targets"].get("labels")
-            if not isinstance(labels, list) or len(labels) != len(choices) or 1 not in labels:
-                raise UserError(f"{where}: its mc2_targets have no `labels` that name the right ones of its choices")
-            document.gold = {i for i, label in enumerate(labels) if label == 1}
-        elif len(contexts) > 1 and len(set(choices)) == 1:
-            # WinoGrande: contexts differ, `target` is what follows both, and `answer` counts from 1.
-            if str(doc.get("answer")) not in ("1", "2"):
-                raise UserError(f"{where}: contexts differ, and its document's `answer` is not 1 or 2")
-            document.gold = {int(doc["answer"]) - 1}
-        else:
-            by_target.append((document, read_target(document, where)))
-
-    # Since 0.4.4 `target` is text, and "1" may be an index or a choice. The whole file decides which.
-    texts = [(document.choices, target) for document, target in by_target if isinstance(target, str)]
-    numbers = all(re.fullmatch(r"-?[0-9]{1,9}", target) for _, target in texts)
-    found = [target in choices for choices, target in texts]
-    # Whole numbers, each within its choices, are indices, even if a choice has the same text,
-    indices = numbers and all(0 <= int(target) < len(choices) for choices, target in texts)
-    # and so are numbers that are no choice anywhere: some are out of range, and never right.
-    indices = indices or (numbers and not any(found))
-    # True and False are indices of two choices, unless these are called so.
-    booleans = all(target in ("True", "False") and len(choices) == 2 for choices, target in texts) and not all(found)
-    for document, target in by_target:
-        if isinstance(target, str) and indices:
-            target = int(target)
-        elif isinstance(target, str) and booleans:
-            target = int(target == "True")
-        wanted = target if isinstance(target, list) else [target]  # of a list, any is right
-        document.gold = {x if isinstance(x, int) else index_of(x, document.choices) for x in wanted}
-
-
-def read_target(document: Document, where: str) -> str | int | list:
-    """The `target` of a record: a text, a number (as it was until 0.4.3), or a list of either."""
-    target = document.record.get("target")
-    if target is None or target == "":
-        raise UserError(f"{where}: has no `target`: no gold answer")
-    if isinstance(target, str) and target.startswith("[") and target not in document.choices:
-        try:
-            target = ast.literal_eval(target)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
-            raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
-    if not all(isinstance(x, str | int) for x in (target if isinstance(target, list) else [target])):
-        raise UserError(f"{where}: target {str(target)[:80]!r} is neither an index nor a text, nor a list of them")
-    return target
-
-
-def index_of(text: str, choices: list[str]) -> int:
-    """The place of a text among the choices; -100, as lm-eval has it, for one that is none: it is never right."""
-    if text not in choices:  # what begins every choice with a space of its own counts as delimiter
-        text, choices = text.lstrip(), [choice.lstrip() for choice in choices]
-    return choices.index(text) if text in choices else -100
-
-
-def known_metrics(document: Document) -> tuple[list[str], list[str]]:
-    """Of the metrics that a record names (all, where it names none): those that are computed here, and the others."""
-    computed = ["acc", "acc_norm", "acc_bytes"]
-    if document.rolling:
-        computed = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
-    elif document.mc2:
-        computed = ["acc"]
-    elif document.mutual_info:
-        computed.append("acc_mutual_info")
-    wanted = document.record.get("metrics")
-    if not isinstance(wanted, list):  # until 0.4.6
-        return computed, []
-    return [m for m in computed if m in wanted], [str(m) for m in wanted if m not in computed]
-
-
-def check_logged(document: Document, where: str) -> None:
-    """UserError where a document's logged acc does not follow from the scores logged with it: then the task is scored
-    by a rule of its own, or its right choices are others than those read here."""
-    record = document.record
-    theirs, resps = record.get("acc"), record.get("filtered_resps")
-    try:
-        scores = [(float(value), False) for value, _ in resps]
-    except (TypeError, ValueError):  # nothing was logged, or in another shape
-        return
-    if len(scores) != len(document.pairs) or not all(math.isfinite(value) for value, _ in scores):
-        return
-    ours = document_metrics(document, scores).get("acc")
-    if ours is not None and isinstance(theirs, int | float) and abs(ours - theirs) > 1e-4:
-        raise UserError(f"{where}: its logged acc is {theirs:g}; by the rules known here its scores give {ours:g}")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # read: texts
@@ -463,21 +201,11 @@ def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Request]:
     return windows
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    first, last = min(sequences), max(sequences)  # in lexicographic order: what these two share, all share
-    n = 0
-    while n < min(len(first), len(last)) and first[n] == last[n]:
-        n += 1
-    return n
-
-
 def shared_prefix(requests: list[list[Request]]) -> int:
     """How many tokens all inputs of all documents begin with, up to the first position that predicts a target."""
-    return min(
-        common_prefix([tokens for choices in requests for tokens, _ in choices]),
-        min(len(tokens) - len(targets) for choices in requests for tokens, targets in choices),
-    )
+    inputs = [tokens for choices in requests for tokens, _ in choices]
+    contexts = [len(tokens) - len(targets) for choices in requests for tokens, targets in choices]
+    return min(len(os.path.commonprefix(inputs)), *contexts)
 
 
 @dataclasses.dataclass
@@ -497,7 +225,9 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
     share=False: no trunk, every branch is a whole input. That is what lm-eval computes, for comparison.
     """
     inputs = [tokens for tokens, _ in requests]
-    trunk = common_prefix(inputs) if share else skip  # its length, the skipped tokens counted
+    trunk = skip  # its length, the skipped tokens counted
+    if share:
+        trunk = len(os.path.commonprefix(inputs))
     row = Row(inputs[0][skip:trunk], list(range(skip, trunk)), [0] * (trunk - skip), [], [])
     for k, (tokens, targets) in enumerate(requests, 1):
         start = len(row.tokens)  # where this branch begins
@@ -508,9 +238,6 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
         row.positions += range(trunk, len(tokens))
         row.branch += [k] * (len(tokens) - trunk)
     return row
-
-
-Score = tuple[float, bool]  # of a choice: log p(targets | input) in nats; whether each target is the likeliest token
 
 
 @dataclasses.dataclass
@@ -567,7 +294,8 @@ def encode_text(tokens: list[int], seqlen: int) -> Part:
 # the model: blocks that pass by, and the little that stays
 
 
-# Blocks that have no more bytes together stay in memory after their first walk: the model is read once.
+# A model whose blocks have no more bytes together stays in memory after its first walk, and is read once. A larger one
+# is read for each chunk, which costs no time: a chunk of N tokens is N FLOPs for each byte that is read.
 STAY = 2**30
 
 
@@ -619,8 +347,9 @@ def open_model(
 
 def share_of_zeros(ckpt: Checkpoint) -> float:
     """The share of zeros in the blocks' linears: the model's sparsity."""
-    linears = [name for name in ckpt if name.endswith("_proj.weight")]
-    return sum(count_zeros(ckpt[name]) for name in linears) / sum(ckpt.meta[name].numel() for name in linears)
+    sizes = {name: w.numel() for name, w in ckpt.meta.items() if name.endswith("_proj.weight")}
+    zeros = sum(round(sparsity_of(ckpt[name])[0] * size) for name, size in sizes.items())
+    return zeros / sum(sizes.values())
 
 
 def check_semi_structured(device: str, dtype: torch.dtype) -> None:
@@ -731,7 +460,7 @@ def cut_batches(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     if room < min(host, sum(waiting for waiting, _ in needs)):
         room, home = host, torch.device("cpu")
 
-    # Where each walk reads the model anew, parts share it. Where the model stays, nothing is lost by saving each.
+    # Where each walk reads the model anew, parts share walks: MMLU has 57 of them. Where it stays, each is saved alone.
     shared = isinstance(blocks, Blocks) and not blocks.stay
     chunks, n_tokens, n_bytes = [], 0, 0
     for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
@@ -784,23 +513,28 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
     home: where hidden states wait for their turn. tick: called after each block. UserError, which names the layer,
     where something is not finite.
     """
+    # --- in: the batches of each part, and its prefix, which is a row like others and serves them all
     device = model.lm_head.weight.device
     groups = []  # (part, the batch of its prefix or None, the batches of its rows)
     for part, numbers in chunk:
         if not groups or groups[-1][0] is not part:
-            prefix = embed(model, [part.prefix], 0, home) if part.prefix else None
+            prefix = None
+            if part.prefix:
+                prefix = embed(model, [part.prefix], 0, home)
             groups.append((part, prefix, []))
         groups[-1][2].append(embed(model, [part.rows[i] for i in numbers], part.past(), home))
 
+    # --- through: a list of blocks in memory, or a stream of them
     for i, block in enumerate(model.model.layers):
         for _, prefix, batches in groups:
-            shared = []  # the prefix's keys and values in this block, which the next part's replace
+            shared = []  # the prefix's keys and values in this block, until the next part's take their place
             if prefix:
                 run_block(block, i, prefix, device, shared)
             for batch in batches:
-                run_block(block, i, batch, device, list(shared) or None)  # a copy: the batch adds its own
+                run_block(block, i, batch, device, list(shared) or None)  # a copy, to which the batch's own are added
         tick()
 
+    # --- out
     after = [batch for _, _, batches in groups for batch in batches]
     for (part, numbers), batch in zip(chunk, after, strict=True):
         part.scores.update(zip(numbers, score_batch(model, batch, device), strict=True))
@@ -811,8 +545,9 @@ def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: l
     mask = batch.mask
     if mask is not None:
         mask = mask.to(device)
+    # All these copies are none where batches wait on the device.
     x = block(batch.x.to(device), batch.cos.to(device), batch.sin.to(device), mask, cache)
-    check_finite(x, f"the output of layers.{i}")
+    check_finite(x, f"the output of layers.{i}")  # now, while it is known which layer it was
     batch.x = x.to(batch.x.device)
 
 
@@ -901,28 +636,6 @@ def score_targets(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics: lm-eval's
-
-
-def argmax(values: list[float]) -> int:
-    """The place of the largest, the first of equals."""
-    return values.index(max(values))
-
-
-def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
-    """The metrics of one document: each 0.0 or 1.0, but for mc2."""
-    values, texts, n = [value for value, _ in scores], document.choices, len(document.choices)
-    if document.mc2:
-        p = [math.exp(value - max(values)) for value in values]  # so that long choices do not all become 0
-        return {"acc": sum(p[i] for i in document.gold) / sum(p)}
-    conditional, unconditional = values[:n], values[n:]
-    chosen = {
-        "acc": argmax(conditional),
-        "acc_norm": argmax([v / max(1, len(text)) for v, text in zip(conditional, texts, strict=True)]),
-        "acc_bytes": argmax([v / max(1, len(text.encode())) for v, text in zip(conditional, texts, strict=True)]),
-    }
-    if document.mutual_info:
-        chosen["acc_mutual_info"] = argmax([a - b for a, b in zip(conditional, unconditional, strict=True)])
-    return {metric: float(chosen[metric] in document.gold) for metric in document.metrics}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:

@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.prune import noise  # noqa: E402
 from data.checkpoint import UserError, write_checkpoint  # noqa: E402
+from data.lm_eval.samples import Document, read_task  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from evaluate import Document, read_task, run_task  # noqa: E402
+from evaluate import run_task  # noqa: E402
 from model import PRESETS, Block, Llama, LlamaConfig, Parser, cli, load, number, save  # noqa: E402
 
 YAML = """task: bench_task

@@ -23,19 +23,16 @@ from forks import FORKS, ROOT, Job
 import evaluate
 from bench.memory import LiveBytes
 from data.checkpoint import UserError
+from data.lm_eval.samples import Document, document_metrics, read_document, read_task
 from data.tokenizer import load_tokenizer
 from evaluate import (
-    Document,
     Request,
     aggregates,
     branch_mask,
-    document_metrics,
     encode_pair,
     encode_text,
     pack,
     pack_document,
-    read_document,
-    read_task,
     read_text,
     rolling_windows,
     run_task,

@@ -122,6 +122,21 @@ def test_a_walk_takes_no_more_than_evaluate_counts(preset, past, S, choices):
     assert 0.25 < (live.peak - before) / (waiting + working) < 1
 
 
+def test_5_shot_mmlu_needs_what_the_readme_says():
+    """Blocks, lm_head and a batch of short or long questions; and the hidden states of a chunk."""
+    needs, states = [], []
+    for preset in ("llama-7b", "llama-30b", "llama-2-70b"):
+        model, c = on_gpu(PRESETS[preset]), PRESETS[preset]
+        for length in (100, 1400):
+            batch = evaluate.cut_rows(mmlu(1, 82, length=length), 8192)[0]
+            _, working = evaluate.batch_bytes(c, torch.bfloat16, *batch)
+            needs.append(f"{(model.model.layers.nbytes + 2 * c.vocab_size * c.hidden_size + working) / 1e9:.1f}")
+        states.append(f"{evaluate.CHUNK['cuda'] * 2 * c.hidden_size / 1e9:.1f}")
+    said = "{} to {} GB for 7B, {} to {} GB for 30B and {} to {} GB for LLaMA-2 70B".format(*needs)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert said in text and "{}, {} and {} GB for the hidden states of a chunk".format(*states) in text
+
+
 @pytest.mark.parametrize("gigabytes", [24, 80])
 @pytest.mark.parametrize("preset", ["llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b"])
 def test_5_shot_mmlu_fits(preset, gigabytes, monkeypatch):

@@ -22,6 +22,7 @@ import evaluate
 import prune
 import train
 from data.checkpoint import UserError, read_npy
+from data.lm_eval import samples
 from data.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig, open_llama, save
 from spp import adapter_state, inject, read_adapter, write_adapter
@@ -165,9 +166,9 @@ def read_data(folder: Path) -> None:
 
 
 def read_samples(path: Path) -> None:
-    for document in evaluate.read_task(path)[1]:
+    for document in samples.read_task(path)[1]:
         if not document.rolling:
-            evaluate.document_metrics(document, [(-1.0, False)] * len(document.pairs))
+            samples.document_metrics(document, [(-1.0, False)] * len(document.pairs))
 
 
 ALPACA = "--tokenizer IN/tokenizer.model --val 1 --out IN/out --json IN/"
