@@ -873,7 +873,11 @@ def main() -> None:
         text_parts[name].key = digest(settings, name, seqlen, tokens)
     parts = [*task_parts.values(), *text_parts.values()]
     for part in parts:
-        part.scores.update(known.get(part.key, {}))
+        left = known.get(part.key, {})
+        for i, scores in left.items():
+            if not 0 <= i < len(part.rows) or len(scores) != len(part.rows[i].targets):
+                raise UserError(f"{work}: its scores do not fit {args.ckpt}; remove it to begin again")
+        part.scores.update(left)
 
     # --- the walks, each chunk's scores kept in a file of its own
     model = open_model(ckpt, config, torch.device(args.device), dtype, args.semi_structured)
