@@ -201,6 +201,7 @@ def test_70b_on_8_processes_needs_no_weights(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.stress
 def test_every_training_of_every_script_fits_80_gb():
     kinds = set()
     for line in (line for number in PAPER for line in trainings(script(number))):
@@ -277,6 +278,7 @@ def test_counting_frees_what_is_dropped_and_counts_views_once():
         assert live.now == 0
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     "preset, method, zeros, card", [("llama-2-70b", "spp", 0.75, 80), ("llama-7b", "spp", 0.5, 12)]
 )
