@@ -664,6 +664,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tenso
             for key, part in parts.items():
                 record(f"data/{len(blank)}", part)
                 blank[key] = torch.empty(part.shape, dtype=part.dtype)
+            parts = W = mask = part = None  # gone before the next is read
         if head is not None:
             version = PT_VERSION if packed else VERSION
             blank = {"version": version, **head, "packed": packed, "model": blank}
@@ -684,9 +685,9 @@ def writing(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
         file = torch._C.PyTorchFileWriter(str(path))
 
         def record(name: str, w: Tensor) -> None:
-            whole = (
-                w if w.untyped_storage().nbytes() == w.nbytes else w.clone()
-            )  # a mapped weight is a part of its file
+            whole = w
+            if w.untyped_storage().nbytes() != w.nbytes:  # a mapped weight's storage is its whole file
+                whole = w.clone()
             file.write_record(name, whole.untyped_storage(), w.nbytes)
 
         yield record

@@ -838,7 +838,7 @@ for _ in range(26):
     "change, words",
     [
         ({"version": None}, "has no version, expected 1"),
-        ({"version": 2}, "has version 2, expected 1"),
+        ({"version": 3}, "has version 3, expected 1"),
         ({"config": 3}, "its config is a int"),
         ({"config": {**CONFIG, "num_attention_heads": 0}}, "num_attention_heads is 0"),
         ({"config": {"width": 1}}, "config: has no vocab_size"),
