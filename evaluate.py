@@ -127,7 +127,6 @@ MMLU = """
     moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine
     professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions
 """.split()
-AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stands among the results and is no task
 
 # ----------------------------------------------------------------------------------------------------------------------
 # read: texts
@@ -347,7 +346,7 @@ def open_model(
 
 def share_of_zeros(ckpt: Checkpoint) -> float:
     """The share of zeros in the blocks' linears: the model's sparsity."""
-    sizes = {name: w.numel() for name, w in ckpt.meta.items() if name.endswith("_proj.weight")}
+    sizes = {name: w.numel() for name, w in ckpt.shapes.items() if name.endswith("_proj.weight")}
     zeros = sum(round(sparsity_of(ckpt[name])[0] * size) for name, size in sizes.items())
     return zeros / sum(sizes.values())
 

@@ -40,7 +40,17 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import DTYPES, Checkpoint, UserError, cast, check_out, open_checkpoint, travels, write_checkpoint
+from data.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    UserError,
+    cast,
+    check_out,
+    llama3_scaling,
+    open_checkpoint,
+    travels,
+    write_checkpoint,
+)
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,13 +90,7 @@ class LlamaConfig:
 LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 LLAMA3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 LLAMA3_2 = {**LLAMA3, "max_position_embeddings": 131072, "tie_word_embeddings": True}
-LLAMA3_2["rope_scaling"] = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+LLAMA3_2["rope_scaling"] = llama3_scaling(2048)  # and of 3072
 SMOLLM2 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 PRESETS = {
     # vocabulary, width, MLP, layers, heads, key-value heads where they are fewer
@@ -453,13 +457,14 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
 
     check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
     check_stored_dense(values.get("quantization_config"), f"{source}: config: quantization_config")
-    theta, scaling = rope_settings(values)
-    values = {**values, "rope_theta": theta, "rope_scaling": scaling}
+    rope_key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"  # where it stands, for messages
+    values = {**values, **rope_settings(values)}
+    scaling = values["rope_scaling"]
     if scaling is not None:
         needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
-        check("rope_scaling", needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
+        check(rope_key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
         numbers = all(is_positive(scaling.get(name), int, float) for name in needed)
-        check("rope_scaling", numbers, f"{', '.join(needed)} above 0")
+        check(rope_key, numbers, f"{', '.join(needed)} above 0")
         values["rope_scaling"] = {name: scaling[name] for name in ("rope_type", *needed)}
     if values.get("model_type") == "mistral":
         values.setdefault("sliding_window", 4096)  # transformers' own where it is absent
@@ -525,17 +530,20 @@ def check_stored_dense(quantization: Any, where: str) -> None:
     )
 
 
-def rope_settings(values: dict) -> tuple[Any, Any]:
-    """(rope_theta, rope_scaling) of a config.json: they stand apart, or since transformers 5 in one dict. Where both
-    forms are there, rope_scaling counts, and a rope_theta inside of it before the one outside, as in transformers."""
+def rope_settings(values: dict) -> dict:
+    """{rope_theta, rope_scaling, partial_rotary_factor} of a config.json: they stand apart, or since transformers 5 in
+    one dict. Where both forms are there, rope_scaling counts, and what is inside of it before the same outside, as in
+    transformers."""
     rope = values.get("rope_scaling") or values.get("rope_parameters")
-    theta = values.get("rope_theta")
+    apart = {"rope_theta": values.get("rope_theta"), "partial_rotary_factor": values.get("partial_rotary_factor")}
     if isinstance(rope, dict):
         rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is the older name
-        theta = rope.pop("rope_theta", theta)
+        apart = {key: rope.pop(key, outside) for key, outside in apart.items()}
         if rope["rope_type"] == "default":
             rope = None
-    return 10000.0 if theta is None else theta, rope
+    if apart["rope_theta"] is None:
+        apart["rope_theta"] = 10000.0
+    return {**apart, "rope_scaling": rope}
 
 
 def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
@@ -551,7 +559,7 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
         expected = Llama(config).state_dict()
     if config.tie_word_embeddings:  # one matrix under two names; a file may hold either or both
         kept = "model.embed_tokens.weight" if "model.embed_tokens.weight" in ckpt else "lm_head.weight"
-        for mapping in (ckpt.getters, ckpt.meta):
+        for mapping in (ckpt.getters, ckpt.shapes):
             if kept in mapping:
                 mapping["model.embed_tokens.weight"] = mapping[kept]
             mapping.pop("lm_head.weight", None)
@@ -560,7 +568,7 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
         raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
-    for name, w in ckpt.meta.items():
+    for name, w in ckpt.shapes.items():
         if w.shape != expected[name].shape:
             hint = ": DeepSpeed ZeRO-3 saves this where it gathered nothing" if w.numel() == 0 else ""
             raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*expected[name].shape]}{hint}")
@@ -582,7 +590,7 @@ def tokenizer_of(ckpt: Checkpoint) -> Tokenizer | None:
 
 def common_dtype(ckpt: Checkpoint) -> torch.dtype:
     """The weights' dtype. UserError where they have several."""
-    dtypes = {w.dtype for w in ckpt.meta.values()}
+    dtypes = {w.dtype for w in ckpt.shapes.values()}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(f"{ckpt.path}: holds weights of several dtypes ({names}); `model.py --dtype` makes them one")
@@ -610,7 +618,7 @@ def load(
 
 def check_dtype(ckpt: Checkpoint, dtype: torch.dtype) -> None:
     """UserError for the first weight that is too large for the dtype: now, and not in the middle of a walk."""
-    for name, w in ckpt.meta.items():
+    for name, w in ckpt.shapes.items():
         if dtype not in (w.dtype, torch.float32):  # which takes every weight
             cast(ckpt[name], dtype, name)
 
@@ -718,11 +726,11 @@ def describe(ckpt: Checkpoint, config: LlamaConfig) -> dict:
         pattern = found.pop() if len(found) == 1 else None
         linears[kind] = {"sparsity": zeros[kind] / sizes[kind], "pattern": pattern}
     family = [name for name, preset in PRESETS.items() if preset == config]
-    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.meta.values()})
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.shapes.values()})
     return {
         "family": family[0] if family else "LLaMA of its own shape",
-        "parameters": sum(w.numel() for w in ckpt.meta.values()),
-        "bytes": sum(w.numel() * w.element_size() for w in ckpt.meta.values()),
+        "parameters": sum(w.numel() for w in ckpt.shapes.values()),
+        "bytes": sum(w.numel() * w.element_size() for w in ckpt.shapes.values()),
         "dtype": ", ".join(dtypes),
         "linears": linears,
         "tokenizer": bool(ckpt.tokenizer),

@@ -112,13 +112,15 @@ def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
         text = ":".join(map(str, text))
     text = str(text)
     if "=" in text:
-        entries = []
+        entries = {}
         for entry in text.split(","):
-            name, _, value = entry.rpartition("=")
-            entries.append((name.strip(), parse_sparsity(value.strip())))
-        if [name for name, _ in entries].count("") > 1:
-            raise UserError(f"--sparsity {text}: expected one entry without a name, for all other linears, at most")
-        return entries
+            name, _, value = (part.strip() for part in entry.rpartition("="))
+            if name in entries:
+                raise UserError(f"--sparsity {text}: has two entries for {name or 'the linears without a name'}")
+            if not value:
+                raise UserError(f"--sparsity {text}: has an entry without a value, {entry!r}")
+            entries[name] = parse_sparsity(value)
+        return [*entries.items()]
     try:
         if ":" in text:
             n, m = (int(part) for part in text.split(":"))
@@ -128,7 +130,10 @@ def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
             return float(text)
     except ValueError:
         pass
-    raise UserError(f"--sparsity {text}: expected a share of zeros such as 0.5, or N:M such as 2:4 (2 kept of 4)")
+    several = "; several entries have names: mlp=0.6,2:4" if "," in text else ""
+    raise UserError(
+        f"--sparsity {text}: expected a share of zeros such as 0.5, or N:M such as 2:4 (2 kept of 4){several}"
+    )
 
 
 def format_sparsity(sparsity: Sparsity | ByName) -> str:
@@ -632,14 +637,14 @@ def finish(
     """All blocks are pruned: adds what else a checkpoint holds, and turns OUT.partial into `out`."""
     last = config.num_hidden_layers
     in_block = lambda name: name.startswith("model.layers.")
-    meta = {name: w.to(dtype) for name, w in ckpt.meta.items()}
+    shapes = {name: w.to(dtype) for name, w in ckpt.shapes.items()}
     with atomic(shard_file(work, last, config)) as tmp:
-        write_safetensors(tmp, ckpt, {name: w for name, w in meta.items() if not in_block(name)})
+        write_safetensors(tmp, ckpt, {name: w for name, w in shapes.items() if not in_block(name)})
     shard = {name: int(name.split(".")[2]) if in_block(name) else last for name in ckpt}
     weight_map = {name: shard_file(work, i, config).name for name, i in shard.items()}
     write_json(work / "prune.json", {"version": VERSION, **entry, "kinds": summary(report), "layers": report})
     try:
-        write_hf_extras(work, ckpt.changed({}, entry), weight_map, meta)
+        write_hf_extras(work, ckpt.changed({}, entry), weight_map, shapes)
         if out.suffix == ".pt":
             write_checkpoint(open_hf(work), work / out.name)  # in here, where a killed run's rest goes with all else
             os.replace(work / "prune.json", report_file(out))

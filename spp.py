@@ -65,6 +65,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -659,6 +660,16 @@ def read_adapter(path: str | Path, ckpt: Checkpoint, base: str | None = None) ->
     """What `write_adapter` wrote: every factor there, of the right shape and finite, for each target of the checkpoint.
     UserError for what is no adapter, or one of another checkpoint."""
     file = torch_load(path)
+    check_head(file, path)
+    base = base or ckpt.fingerprint()
+    if file["base"] != base:
+        raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({base})")
+    check_factors(file, ckpt, path)
+    return file
+
+
+def check_head(file: Any, path: str | Path) -> None:
+    """UserError where what an adapter file says of itself is not what `write_adapter` writes."""
     kinds = {"adapter": dict, "base": str, "method": str, "r": int, "scale": float, "options": dict}
     if not isinstance(file, dict) or not {"adapter", "method"} <= file.keys():
         raise UserError(f"{path}: is not an adapter file of train.py")
@@ -674,10 +685,11 @@ def read_adapter(path: str | Path, ckpt: Checkpoint, base: str | None = None) ->
             raise UserError(f"{path}: its option {key!r} is {value!r}, which SPP does not have")
     if not 0 < file["r"] < 2**20 or not 0 < file["scale"] < math.inf:
         raise UserError(f"{path}: its r is {file['r']}, its scale {file['scale']}")
-    base = base or ckpt.fingerprint()
-    if file["base"] != base:
-        raise UserError(f"{path}: was trained on checkpoint {file['base']}, not on {ckpt.path} ({base})")
-    targets = {name: w for name, w in ckpt.meta.items() if name.split(".")[-2] in TARGETS}
+
+
+def check_factors(file: dict, ckpt: Checkpoint, path: str | Path) -> None:
+    """UserError where an adapter's tensors are not those that its method learns for the checkpoint's linears."""
+    targets = {name: w for name, w in ckpt.shapes.items() if name.split(".")[-2] in TARGETS}
     check_rank(file["method"], file["r"], {name: w.shape for name, w in targets.items()})
     expected = {}
     for name, w in targets.items():
@@ -697,7 +709,6 @@ def read_adapter(path: str | Path, ckpt: Checkpoint, base: str | None = None) ->
             raise UserError(f"{path}: {key} is {found}, expected floats of shape {[*expected[key]]}")
         if not w.isfinite().all():
             raise UserError(f"{path}: {key} holds NaN or Inf")
-    return file
 
 
 def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, base: str | None = None) -> Checkpoint:
@@ -725,7 +736,7 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, ba
                 raise UserError(f"{path}: {name} has {learned.numel()} survivors, {ckpt.path} {W.count_nonzero()}")
             factors = {"weight": unpack(learned, pack(W)[1], W.shape[1])}
         layer.load_state_dict(factors, strict=False)  # not strict: frozen weights and masks are none of the file's
-        new = merged_weight(layer, masked, name)
+        new = merged_weight(layer, masked, f"{path}: {name}")
         # masked: the adapter is the weight itself, so its zeros are held against the checkpoint's here
         assert method != "masked" or not new[zeros].any(), f"{name}: a pruned weight came back"
         return new

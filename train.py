@@ -722,12 +722,12 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         return config["run"], held
     old = read_json(file, dict)
     check_version(old.get("version"), file)
-    for key in ("base", "data"):
-        if old.get(key) != config[key]:
-            raise UserError(f"--resume: {out_dir} was run with another {key} ({old.get(key)}, now {config[key]})")
     settings = old.get("settings")
-    if not isinstance(settings, dict):  # edited by hand
-        settings = {}
+    if not isinstance(settings, dict) or old.keys() != config.keys():
+        raise UserError(f"--resume: {file} is not as train.py wrote it; name another --out_dir")
+    for key in ("base", "data"):
+        if old[key] != config[key]:
+            raise UserError(f"--resume: {out_dir} was run with another {key} ({old[key]}, now {config[key]})")
     for key, now in same.items():
         before = settings.get(key)
         if before != now:
@@ -897,7 +897,7 @@ def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> 
     compute = getattr(torch, args.dtype)
     weights = {}
     for name, p in model.named_parameters():
-        written = compute if ckpt is None else ckpt.meta[name].dtype
+        written = compute if ckpt is None else ckpt.shapes[name].dtype
         weights[name] = cast(p.detach(), written, name).to(compute)
     copy.load_state_dict(weights, strict=False, assign=True)  # not strict: a tied lm_head is under its other name
     copy.tie_weights()

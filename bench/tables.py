@@ -31,9 +31,10 @@ except ImportError:  # `make demo` installs only what the commands need
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checkpoint import VERSION, UserError, check_version, read_json  # noqa: E402
-from evaluate import AGGREGATES, SEVEN  # noqa: E402
+from evaluate import SEVEN  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
+AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stands among the results and is no task
 NAMES = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",

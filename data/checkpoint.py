@@ -245,8 +245,12 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
 
     Returns the path with symbolic links followed: a link to a larger disk is written there, and stays.
     """
+    if not str(path):
+        raise UserError(f"{flag}: is empty, expected a name")
     path = Path(path)
     target = Path(os.path.realpath(path))  # not Path.resolve, which fails at a link to itself
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise UserError(f"{flag} {path}: is not an ordinary file, and cannot be replaced by one")
     for real in [Path(os.path.realpath(p)) for p in inputs]:
         if target == real or real in target.parents:
             what = "is an input" if target == real else f"lies in {real}, an input"
@@ -260,6 +264,8 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
         raise UserError(f"{flag} {path}: is a mount point, which cannot be replaced; name a directory inside of it")
     if file and path.is_dir():
         raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
+    if not file and target.is_symlink():
+        raise UserError(f"{flag} {path}: is a symbolic link that leads to itself")
     if not file and path.is_file():
         raise UserError(f"{flag} {path}: is a file; a name without .pt is a directory")
     if not file and path.is_dir() and any(path.iterdir()):
@@ -292,7 +298,7 @@ class Checkpoint(Mapping):
     """A mapping from Hugging Face's names to tensors, each made when it is asked for (memory-mapped where possible).
 
     config      dict, Hugging Face's keys
-    meta        name -> meta tensor: shapes and dtypes, without reading a weight
+    shapes      name -> meta tensor: shapes and dtypes, without reading a weight
     tokenizer   the tokenizer's main file, bytes, or None
     files       name -> bytes: the small files that travel with a model
     history     a list of what was done to the weights, a flat dict for each step
@@ -300,7 +306,7 @@ class Checkpoint(Mapping):
 
     def __init__(self, path: Path | None, config: dict, tensors: Tensors):
         self.path, self.config = path, config
-        self.meta = {name: meta for name, (meta, _) in tensors.items()}
+        self.shapes = {name: meta for name, (meta, _) in tensors.items()}
         self.getters = {name: get for name, (_, get) in tensors.items()}
         self.tokenizer, self.files, self.history = None, {}, []
 
@@ -375,14 +381,14 @@ def write_checkpoint(
     """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
     max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
     path = check_out(path)
-    meta = {name: w.to(dtype or w.dtype) for name, w in ckpt.meta.items()}
+    shapes = {name: w.to(dtype or w.dtype) for name, w in ckpt.shapes.items()}
     with atomic(path) as tmp:
         if path.suffix == ".pt":
-            write_pt(tmp, ckpt, meta)
+            write_pt(tmp, ckpt, shapes)
         elif layout == "meta":
-            write_meta(tmp, ckpt, meta)
+            write_meta(tmp, ckpt, shapes)
         else:
-            write_hf(tmp, ckpt, meta, max_shard_size)
+            write_hf(tmp, ckpt, shapes, max_shard_size)
 
 
 def tensor_bytes(w: Tensor) -> np.ndarray:
@@ -639,21 +645,21 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
     return tensors
 
 
-def write_pt(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
+def write_pt(path: Path, ckpt: Checkpoint, shapes: dict[str, Tensor]) -> None:
     head = {"config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files, "history": ckpt.history}
-    write_torch(path, ckpt, meta, head)
+    write_torch(path, ckpt, shapes, head)
 
 
-def write_torch(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor], head: dict | None = None) -> None:
-    """torch.save of the tensors that `meta` names, in its dtypes: a state dict, or with `head` that dict and the state
-    dict as its `model`, in which matrices are packed where that takes less. One tensor at a time is in memory.
+def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor], head: dict | None = None) -> None:
+    """torch.save of the tensors that `shapes` names, in its dtypes: a state dict, or with `head` that dict and the
+    state dict as its `model`, in which matrices are packed where that takes less. One tensor at a time is in memory.
 
     The weights are written first, since what a packed one takes is known when it is there. The pickle that describes
     them comes from a file of blank tensors, which take room in it but none in memory.
     """
     blank, packed = {}, {}
     with writing(path) as record:
-        for name, w in meta.items():
+        for name, w in shapes.items():
             parts = {name: cast(tensors[name], w.dtype, name).contiguous()}
             if head is not None and w.dim() == 2:
                 W = parts[name]
@@ -771,12 +777,12 @@ def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end
     return data.view(dtype).view(shape)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor] | None = None) -> None:
-    """Writes the tensors that `meta` names, in its dtypes (all and as they are, by default), one at a time."""
-    meta = meta or tensors
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor] | None = None) -> None:
+    """Writes the tensors that `shapes` names, in its dtypes (all and as they are, by default), one at a time."""
+    shapes = shapes or tensors
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
-    for name, w in meta.items():
+    for name, w in shapes.items():
         end = offset + w.numel() * w.element_size()
         header[name] = {"dtype": names[w.dtype], "shape": list(w.shape), "data_offsets": [offset, end]}
         offset = end
@@ -784,7 +790,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str,
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for name, w in meta.items():
+        for name, w in shapes.items():
             f.write(converted(tensors, name, w.dtype))
 
 
@@ -846,10 +852,10 @@ def check_shards(path: Path, files: Iterable[str], source: str) -> None:
             )
 
 
-def write_hf(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor], max_shard_size: int) -> None:
+def write_hf(path: Path, ckpt: Checkpoint, shapes: dict[str, Tensor], max_shard_size: int) -> None:
     path.mkdir()
     shards, size = [[]], 0
-    for name, w in meta.items():
+    for name, w in shapes.items():
         nbytes = w.numel() * w.element_size()
         if size and size + nbytes > max_shard_size:
             shards.append([])
@@ -859,17 +865,17 @@ def write_hf(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor], max_shard_si
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_safetensors(path / file, ckpt, {name: meta[name] for name in names})
+        write_safetensors(path / file, ckpt, {name: shapes[name] for name in names})
         weight_map.update(dict.fromkeys(names, file))
-    write_hf_extras(path, ckpt, weight_map, meta)
+    write_hf_extras(path, ckpt, weight_map, shapes)
 
 
-def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], meta: dict[str, Tensor]) -> None:
+def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], shapes: dict[str, Tensor]) -> None:
     """What stands beside the shards of a Hugging Face directory: config, index, tokenizer, history, licences."""
-    dtype = str(meta["model.norm.weight"].dtype).removeprefix("torch.")
+    dtype = str(shapes["model.norm.weight"].dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps({**ckpt.config, "torch_dtype": dtype}, indent=2) + "\n")
     if len(set(weight_map.values())) > 1:
-        total = sum(meta[name].numel() * meta[name].element_size() for name in weight_map)
+        total = sum(shapes[name].numel() * shapes[name].element_size() for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_beside(path, ckpt)
@@ -1070,23 +1076,23 @@ def join_parts(parts: list[Tensor], name: str, hidden_size: int, head_dim: int) 
     return w
 
 
-def write_meta(path: Path, ckpt: Checkpoint, meta: dict[str, Tensor]) -> None:
+def write_meta(path: Path, ckpt: Checkpoint, shapes: dict[str, Tensor]) -> None:
     """One part, the inverse of `open_meta`. Tied embeddings are written twice, as Meta's code asks."""
     params = hf_to_meta(ckpt.config)
     head_dim = ckpt.config["head_dim"]
-    sources = {rename(name, HF_NAMES): name for name in meta}
+    sources = {rename(name, HF_NAMES): name for name in shapes}
     sources.setdefault("output.weight", "model.embed_tokens.weight")
 
     def get(name: str) -> Tensor:
         w = ckpt[sources[name]]
         return rotary_rows(w, head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else w
 
-    tensors = {name: (meta[source], functools.partial(get, name)) for name, source in sources.items()}
+    tensors = {name: (shapes[source], functools.partial(get, name)) for name, source in sources.items()}
     freqs = ckpt.config["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    freqs = freqs.to(meta["model.norm.weight"].dtype)
+    freqs = freqs.to(shapes["model.norm.weight"].dtype)
     tensors.update({name: (freqs.to("meta"), freqs.clone) for name in meta_freqs(ckpt.config)})
     path.mkdir()
     part = Checkpoint(None, {}, tensors)
-    write_torch(path / "consolidated.00.pth", part, part.meta)
+    write_torch(path / "consolidated.00.pth", part, part.shapes)
     (path / "params.json").write_text(json.dumps(params) + "\n")
     write_beside(path, ckpt)

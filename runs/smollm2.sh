@@ -2,25 +2,30 @@
 # SmolLM2-135M through the whole chain: Wanda and SparseGPT, after each SPP, LoRA* and training all survivors, and what
 # every model is worth then. What exists is not made again: a killed script goes on when it is started again.
 #
-#   sh runs/smollm2.sh SmolLM2-135M-Instruct        # 2:4, 84 steps of 4 examples, 200 documents of each task
-#   sh runs/smollm2.sh SmolLM2-135M-Instruct full   # 0.5, 2:4, 0.75 and 2:8, a whole epoch, all documents and all text
+#   sh runs/smollm2.sh SmolLM2-135M-Instruct        # 2:4 and 0.75, 84 steps of 4 examples, 200 documents of each task
+#   sh runs/smollm2.sh SmolLM2-135M-Instruct full   # 0.5 and 2:8 too, three seeds, a whole epoch, all documents and text
+#   sh runs/smollm2.sh SmolLM2-135M-Instruct search # the learning rates below: three for each method, on one cell
 #   ALPACA=alpaca.json C4=c4.json.gz TASKS=tasks WIKITEXT=wiki.test.raw sh runs/smollm2.sh SmolLM2-135M-Instruct
 #
 # The first argument is a Hugging Face directory. Without ALPACA and C4 their files are downloaded; tasks are taken from the
 # folder TASKS, and downloaded where they are not there; WIKITEXT is WikiText-2's test set as one file (see the README).
-# Results go to OUT, out/smollm2-short or out/smollm2-full by default. A GPU is used where there is one.
+# Results go to OUT, out/smollm2-short or out/smollm2-full by default. A GPU is used where there is one. Wanda's cells come
+# first; what there is when the script is stopped, bench/tables.py lays out: results_*.json.
 #
-# The short form is about an hour and a half of one CPU core: an estimate, at 100 tokens a second in training (6 times
-# 56,000), 230 in scoring (9 times 42,000), and a few minutes of pruning. The learning rates are those that did best
-# in 84 steps at Wanda 0.75 of two or three that were tried for each method.
+# The rates are those of the lowest validation loss in the search: Wanda at 0.75, 42 steps of 4, and a seed that no row of
+# the table has.
+spp_lr=3e-2 lora_lr=5e-3 masked_lr=1e-3
+seeds=0 sparsities="2:4 0.75" nsamples=24 seqlen=512 steps=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
 case "$# $2" in
-"1 ") size=short sparsities=2:4 nsamples=24 seqlen=512 steps=84 documents=200 lines=220 ;; # 220 lines: 60,000 characters
-"2 full") size=full sparsities="0.5 2:4 0.75 2:8" nsamples=128 seqlen=2048 steps='' documents='' lines='' ;;
+"1 ") ;;
+"2 full") size=full seeds="0 1 2" sparsities="2:4 0.75 0.5 2:8" nsamples=128 seqlen=2048 steps='' documents='' lines='' ;;
+"2 search") steps=42 seeds=7 ;;
 *)
-    echo "usage: [ALPACA=FILE] [C4=FILE] [TASKS=data/lm_eval] [WIKITEXT=FILE] [OUT=DIR] sh $0 DIR [full]" >&2
+    echo "usage: [ALPACA=FILE] [C4=FILE] [TASKS=data/lm_eval] [WIKITEXT=FILE] [OUT=DIR] sh $0 DIR [full | search]" >&2
     exit 2
     ;;
 esac
+mode=$2
 dense=$1 OUT=${OUT:-out/smollm2-$size}
 set -- # the arguments are read, and runs/paper.sh has its own
 . runs/paper.sh
@@ -43,14 +48,23 @@ evaluate() {
             --out "$OUT/results_$2.json"
 }
 
-# tune METHOD LR [FLAG ...]: fine-tunes $name
+# prune METHOD SPARSITY: sets $name
+prune() {
+    name=$1_$(echo "$2" | sed s/:/of/)
+    there "$OUT/$name.pt" ||
+        run "$PYTHON" prune.py --ckpt "$dense" --method "$1" --sparsity "$2" --calib "$OUT/calib.npy" --out "$OUT/$name.pt"
+}
+
+# tune METHOD LR TO [FLAG ...]: fine-tunes $name with the seed $seed
 tune() {
-    tuned=$name-$1 method=$1 lr=$2
-    shift 2
-    there "$OUT/$tuned/merged.pt" ||
-        run "$PYTHON" train.py --ckpt "$OUT/$name.pt" --data "$OUT/alpaca" --method "$method" --lr "$lr" --batch_size 4 \
-            --epochs "$epochs" --eval_interval 28 --save_interval 28 "$@" --resume --out_dir "$OUT/$tuned"
-    evaluate "$OUT/$tuned/merged.pt" "$tuned"
+    method=$1 lr=$2 to=$3
+    shift 3
+    if [ "$method" = lora ]; then
+        set -- --rank 8 "$@"
+    fi
+    there "$to/merged.pt" ||
+        run "$PYTHON" train.py --ckpt "$OUT/$name.pt" --data "$OUT/alpaca" --method "$method" --lr "$lr" --seed "$seed" \
+            --batch_size 4 --epochs "$epochs" "$@" --resume --out_dir "$to"
 }
 
 mkdir -p "$OUT"
@@ -71,17 +85,33 @@ if [ "$steps" ]; then # as a share of the examples that there are
     epochs=$(awk "BEGIN { print 4 * $steps / $examples }")
 fi
 
+if [ "$mode" = search ]; then
+    seed=$seeds
+    prune wanda 0.75
+    rm -f "$OUT/search.txt.tmp"
+    for cell in spp:1.5e-2 spp:3e-2 spp:6e-2 lora:2.5e-3 lora:5e-3 lora:1e-2 masked:1e-3 masked:2e-3 masked:4e-3; do
+        to=$OUT/search/${cell%:*}-${cell#*:}
+        tune "${cell%:*}" "${cell#*:}" "$to" --eval_interval 1000
+        loss=$(sed -n 's/.*"val_loss": \([0-9.]*\).*/\1/p' "$to/log.jsonl" | tail -n 1) # that of the last step
+        echo "${cell%:*} ${cell#*:} $loss" >> "$OUT/search.txt.tmp"
+    done
+    mv "$OUT/search.txt.tmp" "$OUT/search.txt"
+    cat "$OUT/search.txt"
+    exit
+fi
+
 evaluate "$dense" dense
-for sparsity in $sparsities; do
-    for method in wanda sparsegpt; do
-        name=${method}_$(echo "$sparsity" | sed s/:/of/)
-        there "$OUT/$name.pt" ||
-            run "$PYTHON" prune.py --ckpt "$dense" --method "$method" --sparsity "$sparsity" --calib "$OUT/calib.npy" \
-                --out "$OUT/$name.pt"
+for pruner in wanda sparsegpt; do
+    for sparsity in $sparsities; do
+        prune "$pruner" "$sparsity"
         evaluate "$OUT/$name.pt" "$name"
-        tune spp 3e-2
-        tune lora 5e-3 --rank 8
-        tune masked 1e-3
+        for seed in $seeds; do
+            for cell in spp:$spp_lr lora:$lora_lr masked:$masked_lr; do
+                tuned=$name-${cell%:*}-$seed
+                tune "${cell%:*}" "${cell#*:}" "$OUT/$tuned" --eval_interval 28 --save_interval 28
+                evaluate "$OUT/$tuned/merged.pt" "$tuned"
+            done
+        done
     done
 done
 run "$PYTHON" bench/tables.py "$OUT"/results_*.json --save "$OUT/smollm2.json"

@@ -1210,15 +1210,26 @@ def test_a_link_to_itself_gives_way(tmp_path):
         ("file/under", "cannot be written: Not a directory"),
         ("/proc/no/model.pt", "cannot be written"),
         ("/proc", "is a mount point, which cannot be replaced; name a directory inside of it"),
+        ("fifo", "is not an ordinary file, and cannot be replaced by one"),
+        ("fifo.pt", "is not an ordinary file, and cannot be replaced by one"),
+        ("loop", "is a symbolic link that leads to itself"),
     ],
 )
 def test_an_out_that_could_not_be_written_is_refused_before_any_work(tmp_path, path, words):
     (tmp_path / "file").touch()
     for name in ("folder.pt", "folder.npy", "full/of"):
         (tmp_path / name).mkdir(parents=True)
+    for name in ("fifo", "fifo.pt"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match=words) as e:
         check_out(tmp_path / path, "--log_samples")
     assert str(e.value).startswith(f"--log_samples {tmp_path / path}: ")
+
+
+def test_an_out_without_a_name_is_not_this_folder():
+    with pytest.raises(UserError, match="--out: is empty"):
+        check_out("")
 
 
 def test_one_process_at_a_time_holds_a_folder(tmp_path):

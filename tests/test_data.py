@@ -212,8 +212,10 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ('{"instruction": "a"}', "is a JSON dict, expected a list"),
+        ("[", "is not JSON"),
+        ("{", "line 1: is not JSON"),
+        ("5", "is a JSON int, expected a list"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "record 1: `output` is missing"),
         ('["a"]', "record 0 is a str"),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: `output` is missing"),
         ('[{"instruction": 3, "output": "b"}]', "record 0: `instruction` is int, expected a string"),
@@ -232,6 +234,10 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "record 0: turn 0: `content`: holds half of a"),
         ('[{"messages": [{"role": "tool", "content": "x"}]}]', "record 0: turn 0 is by 'tool', expected human"),
         ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `turn 1` is empty"),
+        (
+            '[{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}]',
+            "record 0: turn 0 calls a tool",
+        ),
         ('[{"instruction": "a", "output": "b"}]', "1 records, and --val 5 leaves none"),
         ("[]", "0 records"),
     ],
@@ -311,6 +317,18 @@ def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(t
     head = ALPACA.partition("### Instruction")[0]
     with_system = [(p.replace(head, "Here are things.\n\n"), answer) for p, answer in expected]
     assert decoded(lossless, tmp_path / "out", "train") == with_system
+
+
+def test_a_last_question_without_an_answer_is_left_out_and_counted(tmp_path, monkeypatch, capsys, lossless):
+    """The exchanges before it stay. The file has a record on each line, as most conversations found today."""
+    lines = [json.dumps(record) for record in chats(CHAT, CHAT[:3], CHAT[:1], CHAT[2:])]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    argv = ("--tokenizer", lossless, "--json", tmp_path / "chat.jsonl", "--skip_empty", "--val", 1)
+    call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1 of 4 records have an empty" in said and "1 conversations end with a question" in said
+    answers = [answer for split in ("train", "val") for _, answer in decoded(lossless, tmp_path / "out", split)]
+    assert answers.count("leaf, leaf") + answers.count("and 2 more.") == len(answers) >= 3
 
 
 def test_a_conversation_is_trained_on_or_held_out_as_a_whole(tmp_path, monkeypatch, lossless):

@@ -441,7 +441,7 @@ def test_an_acc_that_lm_eval_computed_otherwise_is_refused():
     """Whatever the task is: the scores that it logged do not give the acc that it logged by the rules known here."""
     logged = {"filtered_resps": [["-1.0", "False"], ["-2.0", "False"]]}
     assert read([record(0, "q", ["a", "b"], "0", acc=1.0, **logged)])
-    with pytest.raises(UserError, match="its logged acc is 0.73; by the rules known here its scores give 1"):
+    with pytest.raises(UserError, match="acc 0.73 is logged, and its logged scores give 1"):
         read([record(0, "q", ["a", "b"], "0", acc=0.73, **logged)])
 
 

@@ -490,6 +490,8 @@ HARMS = {  # what is said of config.json after it was changed so
     "hidden_act is 'gelu', expected 'silu'": {"hidden_act": "gelu"},
     "'yarn'.*expected one of LLaMA's types": {"rope_scaling": {"type": "yarn", "factor": 2}},
     "rope_scaling is \\[3\\]": {"rope_scaling": [3]},
+    "rope_parameters is .*'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 2}},
+    "partial_rotary_factor is 0.5": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "expected factor above 0": {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
     "expected factor, low_freq_factor, high_freq_factor": {"rope_scaling": BIG},
     "rope_theta is 'x', expected a number above 0": {"rope_theta": "x"},

@@ -523,7 +523,7 @@ BY_NAME = {  # text -> the share of zeros of each linear that is looked at
         "layers.0.mlp.up_proj": 0.25,
         "layers.1.mlp.up_proj": 0,
     },
-    "mlp=0.25,layers.1.mlp=0,mlp=0.75,0.5": {"layers.1.mlp.up_proj": 0.75, "layers.1.self_attn.o_proj": 0.5},
+    "layers.1.mlp=0,mlp=0.75,0.5": {"layers.1.mlp.up_proj": 0.75, "layers.1.self_attn.o_proj": 0.5},
     "up_proj=0.75, layers.0 = 0.25, 2:4": {"layers.0.mlp.up_proj": 0.25, "layers.1.mlp.up_proj": 0.75},
 }
 
@@ -547,10 +547,12 @@ def test_sparsity_may_be_given_by_name(random_checkpoint, calib_file, calib, mod
         ("mpl=0.6,0.5", "--sparsity mpl: is a part of no linear's name, such as layers.0.self_attn.q_proj"),
         ("layers.2=0.6,0.5", "--sparsity layers.2: is a part of no linear's name"),
         ("roj=0.6,0.5", "--sparsity roj: is a part of no linear's name"),
-        ("mlp=0.6,0.5,2:4", "expected one entry without a name"),
+        ("mlp=0.6,0.5,2:4", "has two entries for the linears without a name"),
+        ("0.5,mlp=0.6,mlp=0.7", "has two entries for mlp"),
+        ("0.5,mlp=", "has an entry without a value, 'mlp='"),
+        ("0.5,0.6", "several entries have names"),
         ("mlp=1.6,0.5", "--sparsity 1.6: expected a share of zeros"),
         ("mlp=2:3,0.5", "layers.0.mlp.gate_proj has 32 columns, no multiple of 3"),
-        ("mlp=,0.5", "expected a share of zeros"),
     ],
 )
 def test_a_sparsity_by_name_that_is_none_is_one_line(

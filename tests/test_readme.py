@@ -230,10 +230,11 @@ def test_sizes_are_those_of_the_presets():
     assert f"with r = 16 it learns {learned / size(llama['llama-7b']):.2%} of a 7B model" in text
 
 
-def test_memory_of_each_gpu_is_what_bench_memory_counts():
-    rows = rows_under("| | memory of each GPU |")
-    assert len(rows) == 5
-    for what, *cells in rows:
+@pytest.mark.parametrize("rows", [slice(1), pytest.param(slice(1, None), marks=pytest.mark.stress)], ids=str)
+def test_memory_of_each_gpu_is_what_bench_memory_counts(rows):
+    table = rows_under("| | memory of each GPU |")
+    assert len(table) == 5
+    for what, *cells in table[rows]:
         size = re.search(r"(\d+)B", what)[1]
         flags = ["--preset", f"llama-{'2-' * ('LLaMA-2' in what)}{size}b", "--dtype", "bfloat16", "--data", "none"]
         if "eight GPUs" in what:

@@ -211,7 +211,7 @@ def smollm2(scripts) -> Path:
         """while [ "$2" != --out ] && [ "$2" != --out_dir ] && [ "$2" != --save ]; do shift; done\n"""
         "case $script in\n"
         """*alpaca*) mkdir -p "$3" && printf '{\\n  "train": 899,\\n  "val": 97\\n}\\n' > "$3/meta.json" ;;\n"""
-        """train.py) mkdir -p "$3" && : > "$3/merged.pt" ;;\n"""
+        """train.py) mkdir -p "$3" && echo '{"step": 42, "val_loss": 3.5}' > "$3/log.jsonl" && : > "$3/merged.pt" ;;\n"""
         """*) : > "$3" ;;\n"""
         "esac\n"
     )
@@ -233,8 +233,8 @@ def words_of(folder: Path) -> list[list[str]]:
     return ran
 
 
-@pytest.mark.parametrize("size, cells, steps", [("short", 2, 84), ("full", 8, 225)])
-def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, cells, steps):
+@pytest.mark.parametrize("size, cells, seeds, steps", [("short", 4, 1, 84), ("full", 8, 3, 225)])
+def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, cells, seeds, steps):
     done = stubbed(smollm2, "runs/smollm2.sh", "a model", *[size] * (size == "full"), **NAMED)
     assert done.returncode == 0, done.stderr
     ran = words_of(smollm2)
@@ -243,7 +243,8 @@ def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, cells, steps):
         known = set(re.findall(r'"(--[a-z_]+)"', (ROOT / line[0]).read_text()))
         assert {word for word in line if word.startswith("--")} <= known, line
     tuned = [line for line in ran if line[0] == "train.py"]
-    assert len(tuned) == 3 * cells and len([line for line in ran if line[0] == "evaluate.py"]) == 4 * cells + 1
+    assert len(tuned) == 3 * cells * seeds
+    assert len([line for line in ran if line[0] == "evaluate.py"]) == 1 + cells + len(tuned)
     rates = {line[line.index("--method") + 1]: line[line.index("--lr") + 1] for line in tuned}
     assert rates == {"spp": "3e-2", "lora": "5e-3", "masked": "1e-3"}
     epochs = {float(line[line.index("--epochs") + 1]) for line in tuned}
@@ -252,6 +253,17 @@ def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, cells, steps):
     assert (smollm2 / "an out" / "samples_winogrande.jsonl").read_text().count("\n") == kept
     stubbed(smollm2, "runs/smollm2.sh", "a model", *[size] * (size == "full"), **NAMED)
     assert [line[0] for line in words_of(smollm2)] == ["bench/tables.py"]  # what is there is not made again
+
+
+def test_smollm2_searches_every_rate_on_one_cell_with_a_seed_of_its_own(smollm2):
+    done = stubbed(smollm2, "runs/smollm2.sh", "a model", "search", **NAMED)
+    assert done.returncode == 0, done.stderr
+    tuned = [line for line in words_of(smollm2) if line[0] == "train.py"]
+    assert {line[line.index("--ckpt") + 1] for line in tuned} == {"an out/wanda_0.75.pt"} and len(tuned) == 9
+    assert {line[line.index("--seed") + 1] for line in tuned} == {"7"}
+    assert [line.split() for line in (smollm2 / "an out" / "search.txt").read_text().splitlines()] == [
+        [line[line.index("--method") + 1], line[line.index("--lr") + 1], "3.5"] for line in tuned
+    ]
 
 
 def test_smollm2_killed_over_every_command_makes_the_same(smollm2):

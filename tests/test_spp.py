@@ -557,6 +557,14 @@ def test_an_adapter_of_any_method_that_lacks_a_factor_is_refused(saved, method):
         merge_checkpoint(ckpt, write(method, adapter={name: None}))
 
 
+def test_factors_that_are_finite_and_overflow_are_named_with_their_file(saved):
+    ckpt, write = saved
+    huge = {ALPHA: torch.full((4, 32), 1e30), ALPHA.replace("alpha", "beta"): torch.full((64,), 1e30)}
+    merged = merge_checkpoint(ckpt, write(adapter=huge))
+    with pytest.raises(UserError, match="adapter.pt: model.layers.1.mlp.up_proj.weight: the merged weight holds"):
+        merged["model.layers.1.mlp.up_proj.weight"]
+
+
 def test_dense_is_refused_for_what_is_sparse_anyway(saved):
     ckpt, write = saved
     with pytest.raises(UserError, match="--dense: means nothing to an adapter of --method spp"):

@@ -753,6 +753,10 @@ def test_resuming_another_run_is_refused(world, alone, tmp_path):
     write_data(tmp_path / "other", seed=1)
     line = refusal(world, world / "alone", "--resume", "--data", tmp_path / "other")
     assert "another data" in line
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "config.json").write_text('{"version": 1, "settings": []}')
+    line = refusal(world, tmp_path / "edited", "--resume")
+    assert "edited/config.json is not as train.py wrote it" in line
 
 
 def test_a_run_goes_on_with_a_lower_learning_rate_and_says_so(world, long, tmp_path):

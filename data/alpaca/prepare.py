@@ -12,7 +12,8 @@ are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA train
 A record may also be a conversation: {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
 ...]} as ShareGPT has it, or {"messages": [{"role": "user", "content": ...}, ...]}. Each of its exchanges becomes an
 example, whose prompt holds the earlier ones, so that each answer is an answer once and a question never. A system
-message takes the place of Alpaca's first sentences. An exchange whose prompt leaves no room for its answer is left out.
+message takes the place of Alpaca's first sentences. An exchange whose prompt leaves no room for its answer is left out,
+and so is a last question that has no answer. A file may be one JSON list of records, or have a record on each line.
 
 `train.py` reads the folder:
 
@@ -40,6 +41,7 @@ from data.checkpoint import (  # noqa: E402
     lock,
     parse_json,
     read_bytes,
+    read_json_lines,
     save_npy,
     write_json,
 )
@@ -86,12 +88,13 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
     turns = record[listed]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where}: `{listed}` is not a list of objects")
+    for k, turn in enumerate(turns):
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise UserError(f"{where}: turn {k} calls a tool; only text can be learned")
     turns = [
         (string(turn, by, f"{where}: turn {k}"), string(turn, text, f"{where}: turn {k}"))
         for k, turn in enumerate(turns)
     ]
-    if turns and SPEAKERS.get(turns[-1][0]) == "human":
-        turns.append(("gpt", ""))  # a question without its answer is as empty as an empty answer
     first = 1 if turns and turns[0][0] == "system" else 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
@@ -108,7 +111,7 @@ def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
     if turns[0][0] == "system":
         before, turns = f"{turns[0][1].strip()}\n\n", turns[1:]
     examples = []
-    for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
+    for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=False):  # a last question may have no answer
         before += f"### Instruction:\n{question}\n\n### Response:\n"
         examples.append((before, answer))
         before += f"{answer}\n\n"
@@ -126,8 +129,11 @@ def download() -> bytes:
 def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
     """The examples of each record of a file: one, or of a conversation one for each exchange. UserError names the first
     bad record by its index."""
-    records = parse_json(data, name, list, surrogates=True)
-    kept = []
+    if data.lstrip().startswith(b"{"):
+        records = [record for _, record in read_json_lines(name, surrogates=True)]
+    else:
+        records = parse_json(data, name, list, surrogates=True)
+    kept, unanswered = [], 0
     for i, record in enumerate(records):
         where = f"{name}: record {i}"
         if not isinstance(record, dict):
@@ -135,7 +141,10 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
         if any(key in record for key, _, _ in CONVERSATIONS):
             turns = turns_of(record, where)
             examples = exchanges(turns)
+            if not examples:  # a question alone: its answer is as empty as one of no words
+                turns.append(("gpt", ""))
             empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
+            unanswered += not empty and SPEAKERS[turns[-1][0]] == "human"
         else:
             record = {"input": "", **record}
             for key in ("instruction", "input", "output"):
@@ -148,6 +157,8 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
             kept.append(examples)
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} records have an empty instruction or output: left out")
+    if unanswered:
+        print(f"{unanswered} conversations end with a question, which is left out")
     return kept
 
 
@@ -239,7 +250,7 @@ def main() -> None:
     parser = Parser(description="Turn Alpaca-format instructions into tokens for train.py.")
     add = parser.add_argument
     add("--tokenizer", required=True, help="tokenizer.model or tokenizer.json, a directory that holds it, or our .pt")
-    add("--json", help="a list of instruction / input / output; Stanford's is downloaded without it")
+    add("--json", help="records of instruction / input / output; Stanford's is downloaded without it")
     add("--val", type=count_or_file, default=2000, help="records held out for the validation loss, or a file of them")
     add("--max_len", type=number(int, 2), default=512, help="tokens after which an example is cut")
     add("--seed", type=number(int, 0), default=0, help="of the shuffle that chooses the held-out examples")

@@ -293,4 +293,5 @@ def check_logged(document: Document, where: str) -> None:
         return
     ours = document_metrics(document, scores).get("acc")
     if ours is not None and isinstance(theirs, int | float) and abs(ours - theirs) > 1e-4:
-        raise UserError(f"{where}: its logged acc is {theirs:g}; by the rules known here its scores give {ours:g}")
+        why = "its task has a rule of its own for acc, which is not computed here, or its right choices were changed"
+        raise UserError(f"{where}: {why}: acc {theirs:g} is logged, and its logged scores give {ours:g}")
