@@ -390,7 +390,7 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
             mask = keep_mask(score, sparsity, whole)
             if dsnot_follows and swapped:
                 mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
-            rows.mul_(mask)
+            rows.masked_fill_(~mask, 0)  # not a product, which leaves -0 of a negative weight, a survivor to `pack`
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
     return {"zeros": count_zeros(W), "size": W.numel(), "error": change.item()}
 
@@ -470,7 +470,7 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
             for j, kept in enumerate(keep, first):
                 torch.div(w[j].masked_fill(kept, 0), u[j, j], out=errors[j])  # what goes, on the column's own scale
                 w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
-                w[j].mul_(kept)  # to the last bit
+                w[j].masked_fill_(~kept, 0)  # to the last bit
         W[:, start:end] = w.T
         W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)  # one product in place of a pass for each column
     return W
