@@ -313,6 +313,9 @@ class Checkpoint(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         return self.getters[name]()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.getters  # Mapping's own would read the tensor
+
     def __iter__(self):
         return iter(self.getters)
 
@@ -529,6 +532,11 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
 # PyTorch files (.pt, .bin, .pth), and our layout
 
 
+# Bytes after which a file is mapped anew: pages that were read stay in memory while a mapping lives, and a large model
+# would fill it while it is walked. Mapping is parsing, a tenth of a second for 500 tensors, so it is not done for each.
+# But it is for what was given out before, which may have been changed: a mapping is this process's own.
+REMAP = 2**28
+
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the number with which PyTorch's files of before 1.6 begin
 
 
@@ -542,7 +550,7 @@ def load_legacy(path: Path) -> Any:
     with open(path, "rb") as f:
         for _ in range(4):  # the number, a version, the writer's machine, and what was saved
             if any(str(arg).endswith("bytearray") for _, arg, _ in pickletools.genops(f)):
-                raise ValueError("it holds a bytearray")
+                raise ValueError("it holds a bytearray")  # of any size, see `torch_load`
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -592,10 +600,23 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def torch_tensors(path: Path, key: str | None = None) -> Tensors:
-    """The tensors of a PyTorch file. The file is mapped anew for each, so that pages read earlier do not stay in memory
-    while a large model is walked; one of before 1.6, which cannot be mapped, is read once and kept."""
-    state = torch_state(path, key)
-    get = (lambda name: state[name].clone()) if is_legacy(path) else (lambda name: torch_state(path, key)[name])
+    """The tensors of a PyTorch file, which is mapped anew now and then: see `REMAP`. One of before 1.6, which cannot be
+    mapped, is read once and kept."""
+    state, legacy = torch_state(path, key), is_legacy(path)
+    given, nbytes = set(), 0
+
+    def get(name: str) -> Tensor:
+        nonlocal state, nbytes
+        if legacy:
+            return state[name].clone()
+        if nbytes > REMAP or state[name].untyped_storage().data_ptr() in given:
+            state, nbytes = torch_state(path, key), 0
+            given.clear()
+        w = state[name]
+        given.add(w.untyped_storage().data_ptr())
+        nbytes += w.nbytes
+        return w
+
     return {name: (w.to("meta"), functools.partial(get, name)) for name, w in state.items()}
 
 
@@ -1033,7 +1054,7 @@ def hf_to_meta(config: dict) -> dict:
     # Meta's code has the MLP's width from two thirds of 4 x dim, times a factor, rounded up to `multiple_of`.
     plain = 8 * dim // 3
     if math.ceil(plain / params["multiple_of"]) * params["multiple_of"] != width:
-        params["ffn_dim_multiplier"] = (width + 0.5) / plain
+        params["ffn_dim_multiplier"] = (width + 0.5) / plain  # half more: Meta's code cuts the product down
     length = config.get("max_position_embeddings")
     if length is not None and meta_length(params, meta_freqs(config)) != length:
         params["max_seq_len"] = length

@@ -16,11 +16,11 @@
 # and masked's of 84 steps of 4 (SPP's 6e-2 was 0.02 better, and its perplexity worse), LoRA's of 21 steps of 16. The
 # search, of 42 steps of 4 with a seed that no row of the table has, takes an hour or two of a CPU core.
 spp_lr=3e-2 lora_lr=5e-3 masked_lr=2e-3
-seeds=0 sparsities="0.75 2:4" nsamples=24 seqlen=512 steps=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
+seeds=0 sparsities="0.75 2:4" nsamples=24 seqlen=512 steps=84 interval=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
 case "$# $2" in
 "1 ") ;;
-"2 full") size=full seeds="0 1 2" sparsities="0.75 2:4 0.5 2:8" nsamples=128 seqlen=2048 steps='' documents='' lines='' ;;
-"2 search") steps=42 seeds=7 ;;
+"2 full") size=full seeds="0 1 2" sparsities="0.75 2:4 0.5 2:8" nsamples=128 seqlen=2048 steps='' interval=50 documents='' lines='' ;;
+"2 search") steps=42 interval=42 seeds=7 ;;
 *)
     echo "usage: [ALPACA=FILE] [C4=FILE] [TASKS=data/lm_eval] [WIKITEXT=FILE] [OUT=DIR] sh $0 DIR [full | search]" >&2
     exit 2
@@ -92,7 +92,7 @@ if [ "$mode" = search ]; then
     rm -f "$OUT/search.txt.tmp"
     for cell in spp:3e-2 spp:6e-2 lora:5e-3 lora:1e-2 masked:1e-3 masked:2e-3; do
         to=$OUT/search/${cell%:*}-${cell#*:}
-        tune "${cell%:*}" "${cell#*:}" "$to" --eval_interval 1000
+        tune "${cell%:*}" "${cell#*:}" "$to" --eval_interval "$interval"
         loss=$(sed -n 's/.*"val_loss": \([0-9.]*\).*/\1/p' "$to/log.jsonl" | tail -n 1) # that of the last step
         echo "${cell%:*} ${cell#*:} $loss" >> "$OUT/search.txt.tmp"
     done
@@ -109,7 +109,7 @@ for pruner in wanda sparsegpt; do
         for seed in $seeds; do
             for cell in spp:$spp_lr lora:$lora_lr masked:$masked_lr; do
                 tuned=$name-${cell%:*}-$seed
-                tune "${cell%:*}" "${cell#*:}" "$OUT/$tuned" --eval_interval 28 --save_interval 28
+                tune "${cell%:*}" "${cell#*:}" "$OUT/$tuned" --eval_interval "$interval" --save_interval 28
                 evaluate "$OUT/$tuned/merged.pt" "$tuned"
             done
         done

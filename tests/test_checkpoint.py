@@ -21,9 +21,10 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from conftest import ROOT, command, edit, hf_model, same
+from conftest import ROOT, command, edit, hf_model, prune_by_magnitude, same
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from data import checkpoint
 from data.checkpoint import (
     HF_NAMES,
     VERSION,
@@ -464,6 +465,25 @@ def test_a_streamed_pt_is_what_torch_save_writes(model, tmp_path):
         data = torch.load(tmp_path / "model.pt", mmap=mmap, weights_only=True)
         assert same(data["model"], model.state_dict()) and data["version"] == VERSION
         assert data["config"] == {**config_to_dict(model.config), "bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_pt_is_parsed_once_for_all_tensors_and_gives_them_as_they_are_stored(model, tmp_path, monkeypatch):
+    """However often, and whatever was done to what it gave before. Parsing it for each took a minute of SmolLM2's."""
+    parsed, torch_state = [], checkpoint.torch_state
+    monkeypatch.setattr(checkpoint, "torch_state", lambda *args: parsed.append(1) or torch_state(*args))
+    prune_by_magnitude(model, 2, 4)  # its linears are packed
+    save(model, tmp_path / "pruned.pt")
+    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+    before = {name: w.clone() for name, w in ckpt.items()}
+    assert len(parsed) == 1 and "model.norm.weight" in ckpt and "nothing" not in ckpt
+    for _ in range(2):
+        for name in ckpt:
+            assert ckpt[name].zero_().shape == before[name].shape
+    assert all(w.equal(before[name]) for name, w in ckpt.items()) and len(parsed) == 4
+    for _ in range(2):
+        assert ckpt["model.norm.weight"].equal(before["model.norm.weight"])
+    monkeypatch.setattr(checkpoint, "REMAP", 1000)
+    assert all(w.equal(before[name]) for name, w in ckpt.items()) and len(parsed) > 10
 
 
 @pytest.mark.parametrize("source", FORMATS)
