@@ -535,7 +535,7 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
 # Bytes after which a file is mapped anew: pages that were read stay in memory while a mapping lives, and a large model
 # would fill it while it is walked. Mapping is parsing, a tenth of a second for 500 tensors, so it is not done for each.
 # But it is for what was given out before, which may have been changed: a mapping is this process's own.
-REMAP = 2**28
+REMAP = 2**24
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the number with which PyTorch's files of before 1.6 begin
 
@@ -599,21 +599,19 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return state
 
 
-def torch_tensors(path: Path, key: str | None = None) -> Tensors:
+def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Tensors:
     """The tensors of a PyTorch file, which is mapped anew now and then: see `REMAP`. One of before 1.6, which cannot be
     mapped, is read once and kept."""
     state, legacy = torch_state(path, key), is_legacy(path)
-    given, nbytes = set(), 0
+    nbytes = 0
 
     def get(name: str) -> Tensor:
         nonlocal state, nbytes
         if legacy:
             return state[name].clone()
-        if nbytes > REMAP or state[name].untyped_storage().data_ptr() in given:
+        if nbytes > remap or name not in state:
             state, nbytes = torch_state(path, key), 0
-            given.clear()
-        w = state[name]
-        given.add(w.untyped_storage().data_ptr())
+        w = state.pop(name)
         nbytes += w.nbytes
         return w
 
@@ -678,7 +676,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Ten
     The weights are written first, since what a packed one takes is known when it is there. The pickle that describes
     them comes from a file of blank tensors, which take room in it but none in memory.
     """
-    blank, packed = {}, {}
+    written, packed = {}, {}
     with writing(path) as record:
         for name, w in shapes.items():
             parts = {name: cast(tensors[name], w.dtype, name).contiguous()}
@@ -689,9 +687,11 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Ten
                     parts[name], parts[name + BITS] = pack(W, mask)
                     packed[name] = [*W.shape]
             for key, part in parts.items():
-                record(f"data/{len(blank)}", part)
-                blank[key] = torch.empty(part.shape, dtype=part.dtype)
+                record(f"data/{len(written)}", part)
+                written[key] = part.shape, part.dtype
             parts = W = mask = part = None  # gone before the next is read
+        # not before: in between they would take, and keep, the memory that a weight has just left
+        blank = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in written.items()}
         if head is not None:
             version = PT_VERSION if packed else VERSION
             blank = {"version": version, **head, "packed": packed, "model": blank}
@@ -940,7 +940,7 @@ def open_meta(path: Path) -> Checkpoint:
     files = sorted(path.glob("consolidated.*.pth"))
     if files:
         check_shards(path, [f"consolidated.{i:02}.pth" for i in range(len(files))], files[-1].name)
-        parts = [torch_tensors(file) for file in files]
+        parts = [torch_tensors(file, remap=REMAP // len(files)) for file in files]
     elif (path / "consolidated.safetensors").exists():
         parts = [safetensors_tensors(path / "consolidated.safetensors")]
     else:
