@@ -86,7 +86,7 @@ from data.checkpoint import (
     check_out,
     check_version,
     digest,
-    lock,
+    lock_partial,
     read_json,
     read_utf8,
     write_json,
@@ -755,10 +755,12 @@ def read_scores(work: Path) -> dict[str, dict[int, list[Score]]]:
         saved = read_json(file, dict)
         check_version(saved.get("version"), file)
         try:
+            if file.name != f"chunk-{digest(saved['scores'])}.json":  # edited by hand
+                raise ValueError
             for key, rows in saved["scores"].items():
                 scores = {int(row): [(float(value), bool(hit)) for value, hit in choices] for row, choices in rows}
                 known.setdefault(key, {}).update(scores)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{file}: is damaged; remove {work} to begin again") from None
     return known
 
@@ -846,10 +848,9 @@ def main() -> None:
 
     # --- the processes, and the folder OUT.partial, which rank 0 alone reads: all must leave out the same rows
     rank, world = join_processes(args.device)
-    work = Path(f"{args.out}.partial")
     shared = [None, None]
     if rank == 0:
-        held = lock(work)  # noqa: F841  until the process ends
+        work, held = lock_partial(args.out, [args.ckpt, *args.tasks, *args.ppl, *outputs])  # until the process ends
         known = read_scores(work)
         check_dtype(ckpt, dtype)
         shared = [ckpt.fingerprint(), known]
@@ -875,7 +876,7 @@ def main() -> None:
         left = known.get(part.key, {})
         for i, scores in left.items():
             if not 0 <= i < len(part.rows) or len(scores) != len(part.rows[i].targets):
-                raise UserError(f"{work}: its scores do not fit {args.ckpt}; remove it to begin again")
+                raise UserError(f"{args.out}.partial: its scores do not fit {args.ckpt}; remove it to begin again")
         part.scores.update(left)
 
     # --- the walks, each chunk's scores kept in a file of its own
@@ -885,7 +886,7 @@ def main() -> None:
         scores = {}
         for part, numbers in chunk:
             scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)
-        write_json(work / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
+        write_json(Path(f"{args.out}.partial") / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
 
     score(model, parts, args.max_tokens, save, bar=rank == 0)
 

@@ -416,7 +416,6 @@ NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping compression_con
 PLAIN = {
     "hidden_act": ("silu", "swish"),
     "no_rope_layers": ([],),
-    "pretraining_tp": (0, 1),  # how Meta's own training cut its products
     **dict.fromkeys(OFF.split(), (False,)),
     **dict.fromkeys(ONE.split(), (1,)),
     **dict.fromkeys(ZERO.split(), (0,)),
@@ -510,8 +509,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
 
 
 def is_positive(x: Any, *types: type) -> bool:
-    """Whether x is a number above 0 of one of these types, and so small that a product of two fits int64."""
-    return type(x) in types and 0 < x < 2**28  # type, not isinstance: JSON's true is no 1
+    """Whether x is a number above 0 of one of these types; a whole one so small that a product of two fits int64."""
+    return type(x) in types and 0 < x < (2**28 if types == (int,) else 2.0**64)  # type: JSON's true is no 1
 
 
 def check_stored_dense(quantization: Any, where: str) -> None:
@@ -551,6 +550,9 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
     against `Llama`. UserError for what is no LLaMA."""
     ckpt = open_checkpoint(path)
     config = config_from_dict(ckpt.config, path)
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and {embed, head} <= ckpt.keys() and not ckpt[embed].equal(ckpt[head]):
+        config.tie_word_embeddings = False  # a head that was trained alone, as transformers takes it
     special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
     ckpt.config = {**config_to_dict(config), **special_tokens}
     if config.num_hidden_layers > len(ckpt):  # before Llama() below makes that many blocks
@@ -558,12 +560,12 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
     with torch.device("meta"):
         expected = Llama(config).state_dict()
     if config.tie_word_embeddings:  # one matrix under two names; a file may hold either or both
-        kept = "model.embed_tokens.weight" if "model.embed_tokens.weight" in ckpt else "lm_head.weight"
+        kept = embed if embed in ckpt else head
         for mapping in (ckpt.getters, ckpt.shapes):
             if kept in mapping:
-                mapping["model.embed_tokens.weight"] = mapping[kept]
-            mapping.pop("lm_head.weight", None)
-        del expected["lm_head.weight"]
+                mapping[embed] = mapping[kept]
+            mapping.pop(head, None)
+        del expected[head]
     missing, unknown = sorted(expected.keys() - ckpt.keys()), sorted(ckpt.keys() - expected.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"

@@ -60,10 +60,11 @@ from data.checkpoint import (
     atomic,
     check_out,
     digest,
-    lock,
+    lock_partial,
     open_hf,
     read_json,
     read_npy,
+    safetensors_index,
     save_torch,
     torch_load,
     write_checkpoint,
@@ -576,8 +577,7 @@ def prune_checkpoint(
     this run. dtype: of the calculation and the result. Returns a report of each linear, as `prune_model` does.
     UserError as there, and where OUT.partial is another command's, or another process is at work in it.
     """
-    work = Path(f"{out}.partial")
-    held = lock(work)  # noqa: F841  until this function returns
+    work, held = lock_partial(out, [] if ckpt.path is None else [ckpt.path])  # held until this function returns
     check_out(out)  # again: whoever held the lock may have ended since the command's first look
     job = {"version": VERSION, **entry, "base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype)}
     if torch.device(device).type == "cuda":
@@ -589,9 +589,8 @@ def prune_checkpoint(
         raise UserError(f"{work}: belongs to another command's run; remove it, or name another --out")
 
     # --- where to begin
-    saved = sorted(work.glob("inputs-*.pt"))
-    if saved:
-        state = torch_load(saved[-1])
+    state = read_inputs(work, config, tokens)
+    if state:
         start, report = state["block"], state["report"]
         x = state["x"].to(device, copy=True)  # a copy: the file is only mapped, and x is overwritten
     else:
@@ -617,6 +616,25 @@ def prune_checkpoint(
         saving.result()
     finish(work, out, ckpt, config, entry, report, dtype)
     return report
+
+
+def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
+    """What `save_inputs` has left; None where there is nothing, or where that or a pruned block is damaged."""
+    saved = sorted(work.glob("inputs-*.pt"))
+    if not saved:
+        return None
+    try:
+        state = torch_load(saved[-1], checksums=True)
+        block, x, report = state["block"], state["x"], state["report"]
+        whole = saved[-1].name == f"inputs-{block:05}.pt" and x.shape == (*tokens.shape, config.hidden_size)
+        whole = whole and len(report) == sum(map(len, GROUPS.values())) * block
+        for i in range(block):
+            safetensors_index(shard_file(work, i, config))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        tqdm.write(f"warning: {work} is truncated or damaged; beginning again")
+    return state if whole else None
 
 
 def save_inputs(work: Path, i: int, x: Tensor, report: list[dict]) -> None:
@@ -708,7 +726,9 @@ def main() -> None:
     sparsity = parse_sparsity(args.sparsity)
     out = check_out(args.out, inputs=[args.ckpt, args.calib])
     if out.suffix == ".pt":
-        check_out(report_file(out), inputs=[args.ckpt, args.calib])
+        report = check_out(report_file(out), inputs=[args.ckpt, args.calib])
+        if report.exists() and "kinds" not in read_json(report, dict):
+            raise UserError(f"--out {args.out}: its report would overwrite {report}, which is no report of prune.py")
     ckpt, config = open_llama(args.ckpt)
     calib = f"--calib {args.calib}"
     tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)

@@ -73,6 +73,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from data.checkpoint import (
+    DTYPES,
     VERSION,
     Checkpoint,
     UserError,
@@ -704,7 +705,7 @@ def check_factors(file: dict, ckpt: Checkpoint, path: str | Path) -> None:
     for key, w in file["adapter"].items():
         plain = isinstance(w, Tensor) and w.layout == torch.strided and not w.is_meta
         survivors = plain and file["method"] == "masked" and w.dim() == 1  # of a packed weight
-        if not plain or (w.shape != expected[key] and not survivors) or not w.is_floating_point():
+        if not plain or (w.shape != expected[key] and not survivors) or w.dtype not in DTYPES.values():
             found = f"{w.dtype} of shape {[*w.shape]}" if plain else "no plain tensor"
             raise UserError(f"{path}: {key} is {found}, expected floats of shape {[*expected[key]]}")
         if not w.isfinite().all():

@@ -58,6 +58,7 @@ from data.checkpoint import (
     cast,
     check_out,
     check_version,
+    checked_file,
     digest,
     lock,
     read_json,
@@ -707,7 +708,7 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         raise UserError(f"--out_dir {args.out_dir!r}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir", [path for path in (args.ckpt, args.tokenizer) if path])
     file = out_dir / "config.json"
-    for name in ("config.json", "adapter.pt", "merged.pt"):
+    for name in ("config.json", "adapter.pt", "merged.pt", *(path.name for _, path in saved_states(out_dir))):
         if not args.resume and (out_dir / name).exists():
             raise UserError(f"--out_dir {out_dir}: holds {name}; --resume continues a run, or name another folder")
     held = lock(out_dir)
@@ -735,6 +736,9 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
     if settings.get("lr") != args.lr:
         tqdm.write(f"note: --resume: {out_dir} began with --lr {settings.get('lr')}, and goes on with {args.lr}")
     return config["run"], held
+
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.bool)  # of what learns, and of masks
 
 
 def state_names(model: Llama) -> set[str]:
@@ -776,7 +780,8 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
             continue
         if isinstance(state, dict):
             check_version(state.get("version"), path)
-        fits = isinstance(state, dict) and state.get("run") == run and state.get("step") == step <= steps
+        fits = isinstance(state, dict) and state.get("run") == run and type(state.get("step")) is int
+        fits = fits and state["step"] == step <= steps
         if not fits or not state_is_whole(state, model):
             raise UserError(f"--resume: {path} is not a state of this run; remove it to go on from the one before")
         return state
@@ -796,16 +801,18 @@ def state_is_whole(state: dict, model: Llama) -> bool:
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
         grouped = [name for group in optimizer["param_groups"] for name in group["params"]]
-        losses = isinstance(state["first"], float) and isinstance(state["best"], float)
-        return losses and shapes == expected and found == moments and sorted(grouped) == sorted(learning)
-    except (KeyError, TypeError, AttributeError):  # edited by hand
+        losses = all(isinstance(state[key], float) and state[key] == state[key] for key in ("first", "best"))  # no NaN
+        tensors = [*state["model"].values(), *(w for kept in optimizer["state"].values() for w in kept.values())]
+        plain = all(w.layout == torch.strided and w.dtype in STATE_DTYPES and w.isfinite().all() for w in tensors)
+        return losses and plain and shapes == expected and found == moments and sorted(grouped) == sorted(learning)
+    except (KeyError, TypeError, AttributeError, NotImplementedError):  # edited by hand
         return False
 
 
 def trim_log(file: Path, step: int) -> None:
     """Drops the log's lines after `step`, which the resumed run writes again."""
     kept = ""
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    lines = checked_file(file).read_text(errors="replace").splitlines() if file.exists() else []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
@@ -836,7 +843,7 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
 
 
 def catch_signals() -> list[int]:
-    """A list that a first SIGINT or SIGTERM is put into, for the loop to see; a second one ends the process at once.
+    """A list that a first SIGINT, SIGTERM or SIGHUP is put into, for the loop to see; a second one ends the process.
 
     Within a second of the first, another is the same one: torchrun sends its own to a group that was sent one.
     """
@@ -851,6 +858,8 @@ def catch_signals() -> list[int]:
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed; under nohup that is ignored
+        signal.signal(signal.SIGHUP, catch)
     return caught
 
 

@@ -149,23 +149,25 @@ def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[
 CARDS = (8, 12, 24, 48, 80)  # GB, of 10^9 bytes; the driver's context takes half a one
 
 
+FORMS = {"dense": [], "packed, 2:4": ["--packed", "--zeros", "0.5"], "packed, 75%": ["--packed", "--zeros", "0.75"]}
+
+
+def cell(preset: str, method: str, form: str) -> str:
+    """GB of training on one GPU with activation checkpointing, the paper's micro-batches, bfloat16; and what fits it."""
+    line = ["--preset", preset, "--method", method, "--dtype", "bfloat16", "--activation_checkpointing"]
+    args = make_parser().parse_args([*line, *FORMS[form]])
+    train.fill_in(args, PRESETS[preset], None)
+    rows = args.max_tokens // train.PAPER_LENGTH
+    needed = sum(estimate(args, build(args, PRESETS[preset]), rows, train.PAPER_LENGTH).values()) / 1e9
+    card = next((f"{size} GB" for size in CARDS if needed + 0.5 <= size), "none")
+    return f"{needed:.1f}: {card}"
+
+
 def print_table() -> None:
-    """Bytes of training on one GPU with activation checkpointing, the paper's micro-batches, bfloat16."""
-    forms = {"dense": [], "packed, 2:4": ["--packed", "--zeros", "0.5"], "packed, 75%": ["--packed", "--zeros", "0.75"]}
-    print(f"| | {' | '.join(f'{method}, {form}' for method in ('spp', 'masked') for form in forms)} |")
-    print("|---" * 7 + "|")
+    columns = [(method, form) for method in ("spp", "masked") for form in FORMS]
+    print(f"| | {' | '.join(f'`{method}`, {form}' for method, form in columns)} |", "|---" * 7 + "|", sep="\n")
     for preset in ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b"):
-        cells = []
-        for method in ("spp", "masked"):
-            for flags in forms.values():
-                line = ["--preset", preset, "--method", method, "--dtype", "bfloat16", "--activation_checkpointing"]
-                args = make_parser().parse_args([*line, *flags])
-                train.fill_in(args, PRESETS[preset], None)
-                rows = args.max_tokens // train.PAPER_LENGTH
-                needed = sum(estimate(args, build(args, PRESETS[preset]), rows, train.PAPER_LENGTH).values()) / 1e9
-                card = next((f"{size} GB" for size in CARDS if needed + 0.5 <= size), "none")
-                cells.append(f"{needed:.1f}: {card}")
-        print(f"| {preset} | {' | '.join(cells)} |", flush=True)
+        print(f"| {preset} | {' | '.join(cell(preset, *column) for column in columns)} |", flush=True)
 
 
 def make_parser() -> Parser:

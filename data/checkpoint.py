@@ -159,7 +159,7 @@ def read_npy(path: str | Path) -> np.ndarray:
 
 def check_version(value: Any, path: str | Path, known: tuple[int, ...] = (VERSION,)) -> None:
     """UserError unless `value`, what stands as a file's version, is one that this code knows."""
-    if value not in known or isinstance(value, bool):
+    if type(value) is not int or value not in known:  # type: a bool is an int, and a tensor may be anything
         found = "no version" if value is None else f"version {str(value)[:20]}"
         raise UserError(f"{path}: has {found}, expected {VERSION}: its layout is another; make it again with this code")
 
@@ -208,7 +208,7 @@ def save_torch(value: Any, path: Path) -> None:
     try:
         torch.save(value, path)
     except RuntimeError as e:  # torch's word for a full disk
-        raise OSError(str(e).splitlines()[0]) from None
+        raise OSError(f"is the disk full? ({str(e).splitlines()[0]:.100})") from None
 
 
 def save_npy(array: np.ndarray, path: Path) -> None:
@@ -224,6 +224,8 @@ def lock(folder: Path) -> TextIO:
     busy = UserError(f"{folder}: another run is at work in it; stop it, or wait for its end")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / ".lock").exists():
+            checked_file(folder / ".lock")  # opening a pipe would wait for its other end
         file = open(folder / ".lock", "a")  # noqa: SIM115  a file that is never replaced, and open to the end
     except OSError as e:
         raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
@@ -237,6 +239,21 @@ def lock(folder: Path) -> TextIO:
     if not (folder / ".lock").exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
         raise busy
     return file
+
+
+def lock_partial(out: str | Path, others: Iterable[str | Path] = ()) -> tuple[Path, TextIO]:
+    """OUT.partial, where a command keeps what it has done until all is, and its lock. UserError where that is something
+    else: a folder that no command has ever locked, or one of `others`, the command's further paths."""
+    work = Path(f"{out}.partial")
+    for path in others:
+        real = Path(os.path.realpath(path))
+        if work.resolve() in (real, *real.parents):
+            raise UserError(f"{path}: lies in {work}, where this command keeps its unfinished work")
+    if work.is_dir() and any(work.iterdir()) and not (work / ".lock").exists():
+        raise UserError(
+            f"{work}: is in the way, and no interrupted command has left it; move it, or name another --out"
+        )
+    return work, lock(work)
 
 
 def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:
@@ -592,7 +609,8 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     for name, w in state.items():
-        if not isinstance(name, str) or not isinstance(w, Tensor) or w.layout != torch.strided or w.is_meta:
+        plain = isinstance(w, Tensor) and w.layout == torch.strided and not (w.is_meta or w.is_quantized)
+        if not isinstance(name, str) or not plain:
             raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
         if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
             raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
@@ -654,7 +672,9 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
     for name, shape in packed.items():
         values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, f"{name}{BITS}"))
         match shape:
-            case [int(m), int(n)] if bits.dtype == torch.uint8 and bits.shape == (m, math.ceil(n / 8)):
+            case [int(m), int(n)] if (
+                m > 0 and n > 0 and bits.dtype == torch.uint8 and bits.shape == (m, math.ceil(n / 8))
+            ):
                 meta = torch.empty(m, n, dtype=values.dtype, device="meta")
             case _:
                 raise UserError(f"{path}: {name!r:.80} is no packed weight of shape {shape!r:.80}: the file is damaged")
@@ -720,7 +740,7 @@ def writing(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
         yield record
         file.write_end_of_file()
     except RuntimeError as e:
-        raise OSError(str(e).splitlines()[0]) from None
+        raise OSError(f"is the disk full? ({str(e).splitlines()[0]:.100})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

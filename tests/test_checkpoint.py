@@ -1253,6 +1253,12 @@ def test_an_out_without_a_name_is_not_this_folder():
         check_out("")
 
 
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=".lock: is not an ordinary file"):
+        lock(tmp_path)
+
+
 def test_one_process_at_a_time_holds_a_folder(tmp_path):
     first = lock(tmp_path / "a" / "folder")
     with pytest.raises(UserError, match="a/folder: another run is at work in it; stop it, or wait for its end"):

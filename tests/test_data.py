@@ -219,7 +219,11 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('["a"]', "record 0 is a str"),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: `output` is missing"),
         ('[{"instruction": 3, "output": "b"}]', "record 0: `instruction` is int, expected a string"),
-        ('[{"instruction": "a", "input": null, "output": "b"}]', "record 0: `input` is NoneType"),
+        ('[{"instruction": "a", "input": 5, "output": "b"}]', "record 0: `input` is int"),
+        ('[{"instruction": "a", "output": "b", "history": [["c", "d"]]}]', "record 0: holds a `history`, which is not"),
+        ('[{"conversations": [], "system": "Be rude."}]', "record 0: holds a `system`, which is not read"),
+        ('[{"instruction": "a", "output": "b", "kto_tag": false}]', "record 0: holds a `kto_tag`, which is not read"),
+        ('[{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}]', "record 0: turn 0 has a `weight`"),
         ('[{"instruction": " ", "output": "b"}]', "record 0: `instruction` is empty"),
         ('[{"instruction": "a", "output": ""}]', "record 0: `output` is empty"),
         ('[{"instruction": "a", "output": "cut \\ud83d"}]', "record 0: `output`: holds half of a surrogate pair"),
@@ -302,12 +306,13 @@ def chats(*conversations) -> list[dict]:
     ]
 
 
-def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(tmp_path, monkeypatch, lossless):
+@pytest.mark.parametrize("listed", ["messages", "conversations"])
+def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(tmp_path, monkeypatch, lossless, listed):
     """So no question is learned under --mask_prompt, and every answer is, once."""
     system = ("system", "Here are things.")
     names = {"human": "user", "gpt": "assistant", "system": "system"}
-    messages = {"messages": [{"role": names[by], "content": text} for by, text in (system, *CHAT)]}
-    (tmp_path / "chat.json").write_text(json.dumps([messages]))
+    messages = [{"role": names[by], "content": text} for by, text in (system, *CHAT)]
+    (tmp_path / "chat.json").write_text(json.dumps([{listed: messages}]))
     (tmp_path / "val.json").write_text(json.dumps(chats(CHAT)))
     argv = ("--tokenizer", lossless, "--json", tmp_path / "chat.json", "--val", tmp_path / "val.json")
     call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
@@ -371,7 +376,7 @@ def test_a_later_exchange_without_room_for_its_answer_is_left_out(tmp_path, monk
         ("--val", "records.json", "records.json: has no record that is not held out"),
         ("--max_len", 1, "argument --max_len: expected at least 2, found 1"),
         ("--out", "file", "--out file: is a file, expected a folder"),
-        ("--out", "theirs", "--out theirs: holds a train.npy or meta.json that no prepare.py of this version wrote"),
+        ("--out", "theirs", "--out theirs: holds a meta.json that no prepare.py of this version wrote"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_written(

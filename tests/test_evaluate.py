@@ -1036,12 +1036,24 @@ def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatc
         ('{"version": 1, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
         ('{"version": 1, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
         ('{"version": 1}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 1, "scores": {"key": [[0, [[NaN, true]]]]}}', "is damaged; remove r.json.partial"),
     ],
 )
 def test_broken_partial_results_are_one_line(random_checkpoint, folder, refused, content, words):
     (folder / "r.json.partial").mkdir()
+    (folder / "r.json.partial" / ".lock").touch()
     (folder / "r.json.partial" / "chunk-0.json").write_text(content)
     assert f"chunk-0.json: {words}" in refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+
+
+def test_a_folder_of_the_users_own_is_not_taken_for_partial_results(random_checkpoint, folder, refused):
+    (folder / "r.json.partial").mkdir()
+    (folder / "r.json.partial" / "thesis.txt").touch()
+    line = refused(random_checkpoint, "r.json", "--tasks", "samples_t.jsonl")
+    assert "r.json.partial: is in the way, and no interrupted command has left it" in line
+    flags = ("--tasks", "samples_t.jsonl", "--log_samples", "q.json.partial")
+    assert "lies in q.json.partial, where this command keeps" in refused(random_checkpoint, "q.json", *flags)
+    assert [file.name for file in (folder / "r.json.partial").iterdir()] == ["thesis.txt"]
 
 
 def test_a_file_where_partial_results_should_go_is_one_line(random_checkpoint, folder, refused):

@@ -305,6 +305,16 @@ def test_a_mistral_that_does_not_name_its_window_has_transformers_default(direct
     assert open_llama(directory)[1].sliding_window == MistralConfig().sliding_window
 
 
+def test_a_head_that_differs_from_the_tied_embeddings_counts_as_in_transformers(tmp_path):
+    theirs = hf_model(tie_word_embeddings=False)
+    theirs.save_pretrained(tmp_path / "hf")
+    edit(tmp_path / "hf" / "config.json", tie_word_embeddings=True)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert (load(tmp_path / "hf")[0](tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    assert not open_llama(tmp_path / "hf")[1].tie_word_embeddings
+
+
 def test_a_null_is_taken_where_it_is_transformers_own_value(directory, model):
     nulls = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_scaling", "sliding_window"))
     save(Llama(LlamaConfig(64, 32, 64, 2, 4)), directory.parent / "plain")
@@ -458,7 +468,6 @@ def test_a_published_model_has_its_number_of_parameters_or_is_refused_for_the_tr
         ("use_qk_norm", False, True),
         ("num_local_experts", 0, 8),
         ("num_experts", 0, 64),
-        ("pretraining_tp", 1, 2),
         ("use_sliding_window", False, True),
         ("no_rope_layers", [], [1, 1, 1, 0]),
         ("final_logit_softcapping", None, 30.0),

@@ -594,9 +594,59 @@ def test_what_a_link_points_to_is_written_and_the_link_stays(random_checkpoint, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "big.json", "big.pt", "link", "link.pt"]
 
 
+def test_a_file_that_is_no_report_is_not_overwritten_by_one(random_checkpoint, calib_file, tmp_path, run_here):
+    (tmp_path / "alpaca.json").write_text('{"precious": 1}')
+    status, error = run_here(random_checkpoint, tmp_path / "alpaca.pt", calib_file)
+    assert status == 2 and "alpaca.json, which is no report of prune.py" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["alpaca.json"]
+
+
+def drop(file: Path) -> None:
+    file.unlink()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def pretend(file: Path) -> None:
+    torch.save({**torch.load(file), "block": 2}, file)
+
+
+@pytest.mark.parametrize(
+    "harm, file",
+    [(drop, "model-00001"), (cut, "model-00001"), (cut, "inputs"), (flip, "inputs"), (pretend, "inputs")],
+)
+def test_a_damaged_partial_result_is_made_again(
+    random_checkpoint, calib_file, tmp_path, run_here, monkeypatch, harm, file
+):
+    def killed(*args):
+        raise OSError("killed")
+
+    for out in ("whole", "out"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prune, "finish", killed)
+            assert run_here(random_checkpoint, tmp_path / out, calib_file)[0] == 2
+    harm(next((tmp_path / "out.partial").glob(f"{file}*")))
+    assert run_here(random_checkpoint, tmp_path / "whole", calib_file) == (0, "")
+    status, said = run_here(random_checkpoint, tmp_path / "out", calib_file)
+    assert status == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
 def test_the_partial_result_of_another_command_is_not_taken(random_checkpoint, calib_file, tmp_path, run_here):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "job.json").write_text("{}")
+    status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
+    assert status == 2 and "out.partial: is in the way, and no interrupted command has left it" in error
+    (tmp_path / "out.partial" / ".lock").touch()
     status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
     assert status == 2 and "out.partial: belongs to another command" in error
     assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [".lock", "job.json"]

@@ -14,7 +14,7 @@ import torch
 from test_memory import needs, together
 from test_runs import linears, script
 
-from bench import linear, tables
+from bench import linear, memory, tables
 from model import PRESETS, Llama, load
 from spp import METHODS, inject
 
@@ -93,6 +93,27 @@ def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures
+
+
+def test_the_real_table_is_that_of_the_committed_results_and_of_the_paper():
+    records = json.loads((ROOT / "assets" / "smollm2.json").read_text())["records"]
+    ours = {re.sub("^Wanda$", "pruned", r["method"].removeprefix("Wanda + ")): r for r in records}
+    assert len(ours) == len(records)
+    ours["pruned"]["val_loss"] = ours["SPP"]["val_loss"][:1]  # training began with it
+    paper = json.loads((ROOT / "bench" / "paper.json").read_text())
+    names = {"pruned": "wanda_0.75", "SPP": "wanda_0.75-spp"}
+    theirs = {key: paper["3"]["rows"][f"llama-7b/{name}"][::-1] for key, name in names.items()}
+    theirs["dense"] = [None, paper["2"]["rows"]["llama-7b/dense"][-1]]
+    theirs["LoRA*"] = [None, paper["5"]["rows"]["llama-7b/wanda_0.75-lora"][-1]]
+    rows = {name: cells for name, *cells in rows_under("| Wanda, 75% zeros | perplexity |")}
+    assert rows.keys() == ours.keys()
+    for name, cells in rows.items():
+        record = ours[name]
+        losses = [f"{min(loss for _, loss in record['val_loss']):.3f}"] if "val_loss" in record else [""]
+        shown = [f"{record['ppl']:,.1f}", *losses, *(f"{100 * acc:.1f}" for acc in record["acc"].values())]
+        figures = theirs.get(name, [None, None])
+        shown += [f"{x:,.2f}" if x is not None else "" for x in figures]
+        assert cells == shown, name
 
 
 def rows_under(header: str) -> list[list[str]]:
@@ -242,6 +263,18 @@ def test_memory_of_each_gpu_is_what_bench_memory_counts(rows):
         for cell, more in zip(cells, ([], ["--activation_checkpointing"]), strict=True):
             if cell:
                 assert cell == f"{together(needs(*flags, *more)):.1f} GiB", what
+
+
+@pytest.mark.parametrize("columns", [slice(2, 3), pytest.param(slice(6), marks=pytest.mark.stress)], ids=str)
+def test_what_fits_one_gpu_is_what_bench_memory_counts(columns):
+    named = [(method, form) for method in ("spp", "masked") for form in memory.FORMS]
+    table = {preset: cells for preset, *cells in rows_under("| | `spp`, dense | `spp`, packed, 2:4 |")}
+    assert len(table) == 5
+    presets = table if columns.start is None else ["llama-7b", "llama-2-70b"]
+    for preset in presets:
+        cells = [memory.cell(preset, *column) for column in named[columns]]
+        assert cells == table[preset][columns], preset
+    assert table["llama-2-70b"][2].endswith(": 80 GB") and table["llama-7b"][1].endswith(": 12 GB")  # what is claimed
 
 
 def test_units_and_bytes_kept_of_a_layer_are_as_counted():

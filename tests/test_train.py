@@ -460,11 +460,12 @@ def test_a_command_that_torchrun_starts_again_goes_on_without_resume(world, long
     assert difference(adapter_of(tmp_path / "run"), long[0]) == 0 and log_of(tmp_path / "run") == long[1]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(world, long, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGHUP: the terminal was closed
+def test_a_signal_saves_and_says_how_to_go_on(world, long, tmp_path, number):
     job = start(world, tmp_path / "run", *LONG, "--save_interval", 1000)
     wait_for(tmp_path / "run" / "log.jsonl", '"step": 5,', job.running)
-    os.kill(job.processes[0].pid, signal.SIGTERM)
-    assert job.wait() == [128 + signal.SIGTERM] and "the same command with --resume goes on from there" in job.text
+    os.kill(job.processes[0].pid, number)
+    assert job.wait() == [128 + number] and "the same command with --resume goes on from there" in job.text
     [(step, _)] = train.saved_states(tmp_path / "run")
     assert step == log_of(tmp_path / "run")[-1]["step"] < 30
     adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
@@ -733,8 +734,10 @@ def test_more_processes_than_examples_of_a_batch_are_refused(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(world, alone):
+def test_a_second_run_in_the_same_folder_is_refused(world, alone, tmp_path):
     assert "holds config.json" in refusal(world, world / "alone")
+    (tmp_path / "step-000100.pt").touch()  # it would count as newer than this run's own
+    assert "holds step-000100.pt" in refusal(world, tmp_path)
 
 
 def test_a_second_run_at_the_same_time_is_refused(world, tmp_path):

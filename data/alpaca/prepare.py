@@ -70,6 +70,9 @@ def prompt(record: dict) -> str:
 CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
+# What other programs' records may hold that would change what is learned: refused where it is not empty
+NOT_READ = ("history", "system", "tools", "context", "kto_tag", "chosen", "rejected")
+
 Example = tuple[str, str]  # prompt, answer
 
 
@@ -88,14 +91,18 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
     turns = record[listed]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where}: `{listed}` is not a list of objects")
+    if turns and "role" in turns[0]:  # today's names of the keys, under either name of the list
+        _, by, text = CONVERSATIONS[1]
     for k, turn in enumerate(turns):
         if turn.get("tool_calls") or turn.get("function_call"):
             raise UserError(f"{where}: turn {k} calls a tool; only text can be learned")
+        if turn.get("weight", 1) != 1:
+            raise UserError(f"{where}: turn {k} has a `weight`, which is not read; leave such records out")
     turns = [
         (string(turn, by, f"{where}: turn {k}"), string(turn, text, f"{where}: turn {k}"))
         for k, turn in enumerate(turns)
     ]
-    first = 1 if turns and turns[0][0] == "system" else 0
+    first = 1 if turns and turns[0][0] in ("system", "developer") else 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
         if SPEAKERS.get(speaker) != expected:
@@ -108,7 +115,7 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
 def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
     """The examples of a conversation: each answer, its prompt all that was said before it."""
     before = WITHOUT_INPUT.partition("### Instruction")[0]
-    if turns[0][0] == "system":
+    if turns[0][0] in ("system", "developer"):
         before, turns = f"{turns[0][1].strip()}\n\n", turns[1:]
     examples = []
     for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=False):  # a last question may have no answer
@@ -138,6 +145,12 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
         where = f"{name}: record {i}"
         if not isinstance(record, dict):
             raise UserError(f"{where} is a {type(record).__name__}, expected an object")
+        unread = [key for key in NOT_READ if record.get(key) not in (None, "", [], "[]")]
+        if unread:
+            raise UserError(
+                f"{where}: holds a `{unread[0]}`, which is not read; expected instruction, input and output, "
+                "or a conversation with its system message as the first turn"
+            )
         if any(key in record for key, _, _ in CONVERSATIONS):
             turns = turns_of(record, where)
             examples = exchanges(turns)
@@ -146,7 +159,7 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
             empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
             unanswered += not empty and SPEAKERS[turns[-1][0]] == "human"
         else:
-            record = {"input": "", **record}
+            record = {**record, "input": "" if record.get("input") is None else record["input"]}
             for key in ("instruction", "input", "output"):
                 string(record, key, where)
             examples = [(prompt(record), record["output"])]
@@ -197,14 +210,18 @@ def drop_known(records: list[list[Example]], others: list[list[Example]], what: 
     return kept
 
 
+SUFFIXES = ("", ".offsets", ".prompt")
+
+
 def check_folder(out: str) -> Path:
     """Refuses an --out that could not be written later, or that holds someone else's files under our names."""
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {out}: is a file, expected a folder")
-    named_as_ours = (path / "meta.json").exists() or (path / "train.npy").exists()
-    if named_as_ours and not (path / ".lock").exists():  # which every prepare.py leaves, however it ended
-        raise UserError(f"--out {out}: holds a train.npy or meta.json that no prepare.py of this version wrote")
+    names = ["meta.json", ".tmp", *(f"{split}{suffix}.npy" for split in ("train", "val") for suffix in SUFFIXES)]
+    theirs = [name for name in names if (path / name).exists()]
+    if theirs and not (path / ".lock").exists():  # which every prepare.py leaves, however it ended
+        raise UserError(f"--out {out}: holds a {theirs[0]} that no prepare.py of this version wrote")
     check_out(path / "meta.json")
     return path
 

@@ -281,17 +281,18 @@ def document_metrics(document: Document, scores: list[Score]) -> dict[str, float
 
 
 def check_logged(document: Document, where: str) -> None:
-    """UserError where a document's logged acc does not follow from the scores logged with it: then the task is scored
+    """UserError where a document's logged metrics do not follow from the scores logged with it: then the task is scored
     by a rule of its own, or its right choices are others than those read here."""
     record = document.record
-    theirs, resps = record.get("acc"), record.get("filtered_resps")
+    resps = record.get("filtered_resps")
     try:
         scores = [(float(value), False) for value, _ in resps]
     except (TypeError, ValueError):  # nothing was logged, or in another shape
         return
     if len(scores) != len(document.pairs) or not all(math.isfinite(value) for value, _ in scores):
         return
-    ours = document_metrics(document, scores).get("acc")
-    if ours is not None and isinstance(theirs, int | float) and abs(ours - theirs) > 1e-4:
-        why = "its task has a rule of its own for acc, which is not computed here, or its right choices were changed"
-        raise UserError(f"{where}: {why}: acc {theirs:g} is logged, and its logged scores give {ours:g}")
+    for metric, ours in document_metrics(document, scores).items():
+        theirs = record.get(metric)
+        if isinstance(theirs, int | float) and abs(ours - theirs) > 1e-4:
+            why = f"its task has another rule for {metric} than is computed here, or its right choices are read wrongly"
+            raise UserError(f"{where}: {why}: {metric} {theirs:g} is logged, and its logged scores give {ours:g}")
