@@ -243,6 +243,10 @@ class SentencePiece(Tokenizer):
         itself = {"added_tokens": [{"id": i, "content": pieces[i]} for i in marks]}
         for key, id in ("bos_token_id", self.spaced.bos_id()), ("eos_token_id", self.spaced.eos_id()):
             itself[key] = id if id >= 0 else None  # -1: it has none
+        # The first LLaMA on the Hugging Face Hub, of which there are many copies, names <unk> as BOS and <s> as EOS.
+        mistaken = [file for file, named in settings.items() if named.get("bos_token_id") == self.spaced.unk_id()]
+        for file in mistaken:
+            settings = {**settings, file: {**settings[file], "bos_token_id": None, "eos_token_id": None}}
         super().__init__(where, {"itself": itself} | settings, {piece: id for id, piece in enumerate(pieces)})
 
     def rules(self) -> list:

@@ -450,6 +450,15 @@ def test_bos_and_eos_come_from_generation_config_then_tokenizer_config_then_conf
         files.pop(next(iter(files), None), None)
 
 
+@pytest.mark.parametrize("stated", [{}, {"bos_token": "", "eos_token": ""}, {"bos_token": "<s>", "eos_token": "</s>"}])
+def test_a_sentencepiece_model_knows_better_than_files_that_name_unk_as_bos(tokenizer_file, stated):
+    wrong = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    files = {"generation_config.json": wrong, "tokenizer_config.json": stated, "config.json": wrong}
+    files = {name: json.dumps(content).encode() for name, content in files.items()}
+    tokenizer = load_tokenizer(tokenizer_file.read_bytes(), files)
+    assert (tokenizer.bos, tokenizer.eos) == (1, (2,))
+
+
 def test_adds_bos_is_what_the_files_say(tokenizer_file):
     reference = train("llama3-like")
     assert ours(reference).adds_bos is False
