@@ -471,8 +471,8 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
             for j, kept in enumerate(keep, first):
                 torch.div(w[j].masked_fill(kept, 0), u[j, j], out=errors[j])  # what goes, on the column's own scale
                 w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
-                w[j].masked_fill_(~kept, 0)  # to the last bit
-        W[:, start:end] = w.T
+                w[j].mul_(kept)  # to the last bit
+        W[:, start:end] = w.T + 0.0  # which makes 0 of the -0 that a product leaves
         W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)  # one product in place of a pass for each column
     return W
 

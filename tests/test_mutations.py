@@ -141,8 +141,6 @@ def good(tmp_path_factory, tokenizer, tokenizer_file) -> Path:
         patch.setattr(shutil, "rmtree", lambda *args, **options: None)
         call(evaluate.main, folder, EVALUATE)
     (folder / "r.json").unlink()
-    chunks = folder / "r.json.partial"
-    next(chunks.glob("chunk-*.json")).rename(chunks / "chunk-0.json")
     return folder.rename(folder.with_name("saved"))  # a copy stands at its old place, which some files name
 
 
@@ -195,7 +193,7 @@ READERS = {  # kind of file: (the file that is damaged, what reads it)
     "log": ("run/log.jsonl", lambda folder: call(train.main, folder, TRAIN)),
     "job": ("job.partial/job.json", lambda folder: call(prune.main, folder, PRUNE)),
     "inputs": ("job.partial/inputs-00001.pt", lambda folder: call(prune.main, folder, PRUNE)),
-    "scores": ("r.json.partial/chunk-0.json", lambda folder: call(evaluate.main, folder, EVALUATE)),
+    "scores": ("r.json.partial/chunk-*.json", lambda folder: call(evaluate.main, folder, EVALUATE)),
     "samples": ("samples.jsonl", lambda folder: read_samples(folder / "samples.jsonl")),
     "documents": ("boolq.jsonl", lambda folder: call(lm_eval, folder, BOOLQ)),
     "templates": ("results.json", lambda folder: call(lm_eval, folder, f"{BOOLQ} --config IN/results.json")),
@@ -216,7 +214,8 @@ def late(number: int, frame: object) -> None:
 @pytest.mark.parametrize("n", (40, pytest.param(1000, marks=pytest.mark.stress)))
 @pytest.mark.parametrize("kind", READERS)
 def test_a_damaged_file_is_read_or_refused_by_one_line(good, kind, n):
-    name, read = READERS[kind]
+    pattern, read = READERS[kind]
+    name = str(min(good.glob(pattern)).relative_to(good))
     folder = good.with_name("good")
     data = (good / name).read_bytes()
     rng, refused = random.Random(kind), 0
@@ -246,5 +245,5 @@ def test_a_damaged_file_is_read_or_refused_by_one_line(good, kind, n):
         finally:
             signal.alarm(0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
-    assert refused > 0 or kind in ("state", "log")
+    assert refused > 0 or kind in ("state", "log", "inputs")
     print(f"{kind}: {refused} of {n} refused")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SHARED, needs_shared
 
 import prune
-from data.checkpoint import VERSION, UserError, lock, open_checkpoint
+from data.checkpoint import VERSION, UserError, lock_partial, open_checkpoint
 from model import Llama, cli, load, open_llama, save
 from prune import METHODS, Statistics, format_sparsity, keep_mask, parse_sparsity, prune_model, sparsegpt
 
@@ -507,11 +507,11 @@ def test_of_two_commands_at_once_one_prunes_and_the_other_says_why_it_does_not(
 def test_a_result_that_another_run_has_written_meanwhile_is_seen_before_any_work(
     random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
 ):
-    def late(work):
+    def late(out, others):
         (tmp_path / "out" / "config.json").mkdir(parents=True)
-        return lock(work)
+        return lock_partial(out, others)
 
-    monkeypatch.setattr(prune, "lock", late)
+    monkeypatch.setattr(prune, "lock_partial", late)
     status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
     assert status == 2 and "the directory is not empty" in error
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [".lock"]
