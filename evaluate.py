@@ -848,9 +848,10 @@ def main() -> None:
 
     # --- the processes, and the folder OUT.partial, which rank 0 alone reads: all must leave out the same rows
     rank, world = join_processes(args.device)
+    work = Path(f"{args.out}.partial")
     shared = [None, None]
     if rank == 0:
-        work, held = lock_partial(args.out, [args.ckpt, *args.tasks, *args.ppl, *outputs])  # until the process ends
+        held = lock_partial(work, [args.ckpt, *args.tasks, *args.ppl, *outputs])  # noqa: F841  until the process ends
         known = read_scores(work)
         check_dtype(ckpt, dtype)
         shared = [ckpt.fingerprint(), known]
@@ -876,7 +877,7 @@ def main() -> None:
         left = known.get(part.key, {})
         for i, scores in left.items():
             if not 0 <= i < len(part.rows) or len(scores) != len(part.rows[i].targets):
-                raise UserError(f"{args.out}.partial: its scores do not fit {args.ckpt}; remove it to begin again")
+                raise UserError(f"{work}: its scores do not fit {args.ckpt}; remove it to begin again")
         part.scores.update(left)
 
     # --- the walks, each chunk's scores kept in a file of its own
@@ -886,7 +887,7 @@ def main() -> None:
         scores = {}
         for part, numbers in chunk:
             scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)
-        write_json(Path(f"{args.out}.partial") / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
+        write_json(work / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
 
     score(model, parts, args.max_tokens, save, bar=rank == 0)
 

@@ -546,8 +546,8 @@ def rope_settings(values: dict) -> dict:
 
 
 def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
-    """Opens a checkpoint of any layout without reading a weight, and holds its settings, names, shapes and tokenizer
-    against `Llama`. UserError for what is no LLaMA."""
+    """Opens a checkpoint of any layout without reading a weight (but for a head beside tied embeddings), and holds its
+    settings, names, shapes and tokenizer against `Llama`. UserError for what is no LLaMA."""
     ckpt = open_checkpoint(path)
     config = config_from_dict(ckpt.config, path)
     embed, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -577,7 +577,8 @@ def prune_checkpoint(
     this run. dtype: of the calculation and the result. Returns a report of each linear, as `prune_model` does.
     UserError as there, and where OUT.partial is another command's, or another process is at work in it.
     """
-    work, held = lock_partial(out, [] if ckpt.path is None else [ckpt.path])  # held until this function returns
+    work = Path(f"{out}.partial")
+    held = lock_partial(work, [ckpt.path] if ckpt.path else [])  # noqa: F841  until this function returns
     check_out(out)  # again: whoever held the lock may have ended since the command's first look
     job = {"version": VERSION, **entry, "base": ckpt.fingerprint(), "device": str(device), "dtype": str(dtype)}
     if torch.device(device).type == "cuda":
@@ -632,9 +633,12 @@ def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
             safetensors_index(shard_file(work, i, config))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         whole = False
-    if not whole:
-        tqdm.write(f"warning: {work} is truncated or damaged; beginning again")
-    return state if whole else None
+    if whole:
+        return state
+    tqdm.write(f"warning: {work} is truncated or damaged; beginning again")
+    for file in saved:  # or the next life would find it once more, and begin again too
+        file.unlink()
+    return None
 
 
 def save_inputs(work: Path, i: int, x: Tensor, report: list[dict]) -> None:
@@ -726,9 +730,9 @@ def main() -> None:
     sparsity = parse_sparsity(args.sparsity)
     out = check_out(args.out, inputs=[args.ckpt, args.calib])
     if out.suffix == ".pt":
-        report = check_out(report_file(out), inputs=[args.ckpt, args.calib])
-        if report.exists() and "kinds" not in read_json(report, dict):
-            raise UserError(f"--out {args.out}: its report would overwrite {report}, which is no report of prune.py")
+        beside = check_out(report_file(out), inputs=[args.ckpt, args.calib])
+        if beside.exists() and "kinds" not in read_json(beside, dict):
+            raise UserError(f"--out {args.out}: its report would overwrite {beside}, which is no report of prune.py")
     ckpt, config = open_llama(args.ckpt)
     calib = f"--calib {args.calib}"
     tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)

@@ -147,8 +147,6 @@ def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[
 
 
 CARDS = (8, 12, 24, 48, 80)  # GB, of 10^9 bytes; the driver's context takes half a one
-
-
 FORMS = {"dense": [], "packed, 2:4": ["--packed", "--zeros", "0.5"], "packed, 75%": ["--packed", "--zeros", "0.75"]}
 
 

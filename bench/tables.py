@@ -15,7 +15,6 @@ need matplotlib.
 dense 65B are exchanged), and takes a file for the model that its folder and name say: llama-7b/wanda_2of8-spp.json.
 """
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -221,34 +220,30 @@ def panels(count: int, methods: set[str], note: str) -> tuple["Figure", list]:
     return figure, axes
 
 
-def recovered(rows: list[dict], perplexity: bool = False) -> "Figure":
-    """Average accuracy, or perplexity, by sparsity, a panel a pruning method: pruned, and after each way to fine-tune."""
-    sparse = [row for row in rows if row["sparsity"] != "dense" and (row["ppl"] or not perplexity)]
+def recovered(rows: list[dict]) -> "Figure":
+    """Average accuracy by sparsity, a panel a pruning method: pruned, and after each way to fine-tune."""
+    sparse = [row for row in rows if row["sparsity"] != "dense"]
     if not sparse:
         raise UserError("--recovered: there is no pruned model among the results")
-    seeds_of = lambda row: row["ppl"] if perplexity else row["columns"]["average"]
     sparsities = list(dict.fromkeys(row["sparsity"] for row in sparse))
     pruners = sorted({row["pruner"] for row in sparse}, reverse=True)  # Wanda first
     note = "dashed: the dense model; lines: ± standard deviation, where there are several seeds"
     figure, axes = panels(len(pruners), {row["tuned"] for row in sparse}, note)
     for ax, pruner in zip(axes, pruners, strict=True):
-        ax.set_title(f"{pruner}: {'perplexity' if perplexity else 'average accuracy, %'}")
+        ax.set_title(f"{pruner}: average accuracy, %")
         ax.set_xticks(range(len(sparsities)), sparsities)
         ax.set_xlabel("sparsity")
-        if perplexity:
-            ax.set_yscale("log")
-        else:
-            ax.set_ylim(0, 100)
+        ax.set_ylim(0, 100)
         for x, sparsity in enumerate(sparsities):
             group = [row for row in sparse if row["pruner"] == pruner and row["sparsity"] == sparsity]
             left = x - 0.07 * (len(group) - 1)
             for i, row in enumerate(group):
-                seeds, colour = seeds_of(row), COLOURS.get(row["tuned"], "silver")
+                seeds, colour = row["columns"]["average"], COLOURS.get(row["tuned"], "silver")
                 error = np.std(seeds, ddof=1) if len(seeds) > 1 else None
-                ax.bar(left + 0.14 * i, np.mean(seeds), 0.13, yerr=error, color=colour, ecolor="dimgray")
+                ax.bar(left + 0.14 * i, row["mean"], 0.13, yerr=error, color=colour, ecolor="dimgray")
         for row in rows:
-            if row["method"] == "dense" and seeds_of(row):
-                ax.axhline(np.mean(seeds_of(row)), color="dimgray", linestyle="--", linewidth=1)
+            if row["method"] == "dense":
+                ax.axhline(row["mean"], color="dimgray", linestyle="--", linewidth=1)
     return figure
 
 
@@ -290,7 +285,6 @@ def main():
     parser.add_argument("--paper", choices="2345678", help="the layout and the figures of this table of the paper")
     parser.add_argument("--save", metavar="FILE", help="keep what the table and the pictures need")
     parser.add_argument("--recovered", metavar="FILE.svg", help="draw the accuracy by sparsity")
-    parser.add_argument("--perplexity", metavar="FILE.svg", help="draw the perplexity by sparsity")
     parser.add_argument("--losses", metavar="FILE.svg", help="draw the validation losses against steps")
     args = parser.parse_args()
     if args.paper:
@@ -305,8 +299,6 @@ def main():
         Path(args.save).write_text(f'{{"version": {VERSION}, "records": [\n{lines}\n]}}\n')
     if args.recovered:
         draw(recovered, rows, args.recovered)
-    if args.perplexity:
-        draw(functools.partial(recovered, perplexity=True), rows, args.perplexity)
     if args.losses:
         draw(losses, records, args.losses)
 

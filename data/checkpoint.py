@@ -241,10 +241,9 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def lock_partial(out: str | Path, others: Iterable[str | Path] = ()) -> tuple[Path, TextIO]:
-    """OUT.partial, where a command keeps what it has done until all is, and its lock. UserError where that is something
-    else: a folder that no command has ever locked, or one of `others`, the command's further paths."""
-    work = Path(f"{out}.partial")
+def lock_partial(work: Path, others: Iterable[str | Path] = ()) -> TextIO:
+    """Locks OUT.partial, where a command keeps what it has done until all is: see `lock`. UserError where it is
+    something else: a folder that no command has locked before, or where one of the command's `others`, paths, lies."""
     for path in others:
         real = Path(os.path.realpath(path))
         if work.resolve() in (real, *real.parents):
@@ -253,7 +252,7 @@ def lock_partial(out: str | Path, others: Iterable[str | Path] = ()) -> tuple[Pa
         raise UserError(
             f"{work}: is in the way, and no interrupted command has left it; move it, or name another --out"
         )
-    return work, lock(work)
+    return lock(work)
 
 
 def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:

@@ -310,7 +310,7 @@ def chats(*conversations) -> list[dict]:
 def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(tmp_path, monkeypatch, lossless, listed):
     """So no question is learned under --mask_prompt, and every answer is, once."""
     system = ("system", "Here are things.")
-    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    names = {"human": "user", "gpt": "assistant", "system": "developer" if listed == "messages" else "system"}
     messages = [{"role": names[by], "content": text} for by, text in (system, *CHAT)]
     (tmp_path / "chat.json").write_text(json.dumps([{listed: messages}]))
     (tmp_path / "val.json").write_text(json.dumps(chats(CHAT)))

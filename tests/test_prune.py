@@ -507,9 +507,9 @@ def test_of_two_commands_at_once_one_prunes_and_the_other_says_why_it_does_not(
 def test_a_result_that_another_run_has_written_meanwhile_is_seen_before_any_work(
     random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
 ):
-    def late(out, others):
+    def late(work, others):
         (tmp_path / "out" / "config.json").mkdir(parents=True)
-        return lock_partial(out, others)
+        return lock_partial(work, others)
 
     monkeypatch.setattr(prune, "lock_partial", late)
     status, error = run_here(random_checkpoint, tmp_path / "out", calib_file)
@@ -616,7 +616,7 @@ def flip(file: Path) -> None:
 
 
 def pretend(file: Path) -> None:
-    torch.save({**torch.load(file), "block": 2}, file)
+    torch.save({**torch.load(file), "block": 1}, file)
 
 
 @pytest.mark.parametrize(
@@ -634,9 +634,12 @@ def test_a_damaged_partial_result_is_made_again(
             patch.setattr(prune, "finish", killed)
             assert run_here(random_checkpoint, tmp_path / out, calib_file)[0] == 2
     harm(next((tmp_path / "out.partial").glob(f"{file}*")))
+    with monkeypatch.context() as patch:  # killed once more, before the first block is done
+        patch.setattr(prune, "prune_block", killed)
+        assert run_here(random_checkpoint, tmp_path / "out", calib_file)[0] == 2
+    assert not list((tmp_path / "out.partial").glob("inputs*"))
     assert run_here(random_checkpoint, tmp_path / "whole", calib_file) == (0, "")
-    status, said = run_here(random_checkpoint, tmp_path / "out", calib_file)
-    assert status == 0
+    assert run_here(random_checkpoint, tmp_path / "out", calib_file)[0] == 0
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 

@@ -68,7 +68,14 @@ def prompt(record: dict) -> str:
 
 # (the key of a conversation, that of a turn's speaker, that of its text), and the speakers as ShareGPT names them
 CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))
-SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+SPEAKERS = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "system": "system",
+    "developer": "system",
+}
 
 # What other programs' records may hold that would change what is learned: refused where it is not empty
 NOT_READ = ("history", "system", "tools", "context", "kto_tag", "chosen", "rejected")
@@ -102,7 +109,7 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
         (string(turn, by, f"{where}: turn {k}"), string(turn, text, f"{where}: turn {k}"))
         for k, turn in enumerate(turns)
     ]
-    first = 1 if turns and turns[0][0] in ("system", "developer") else 0
+    first = 1 if turns and SPEAKERS.get(turns[0][0]) == "system" else 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
         if SPEAKERS.get(speaker) != expected:
@@ -115,7 +122,7 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
 def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
     """The examples of a conversation: each answer, its prompt all that was said before it."""
     before = WITHOUT_INPUT.partition("### Instruction")[0]
-    if turns[0][0] in ("system", "developer"):
+    if SPEAKERS[turns[0][0]] == "system":
         before, turns = f"{turns[0][1].strip()}\n\n", turns[1:]
     examples = []
     for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=False):  # a last question may have no answer
