@@ -19,7 +19,7 @@ of each choice. lm-eval's score of a choice is log p(continuation | context), su
     acc_norm   the same with score / characters of the choice
     mc2        TruthfulQA's acc: the share of the right choices in the probability of all
 
-What a file names as its `metrics` is reported, as far as it is computed here; the rest is named and left out.
+Of the `metrics` that a file lists, those computed here are reported; the others are printed by name.
 
 lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
 common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
@@ -67,7 +67,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -376,7 +375,7 @@ def to_semi_structured(block: nn.Module, where: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# score: rows in batches, batches in chunks, chunks through the blocks
+# score: a part's rows in batches, the batches of all parts in chunks, a chunk through the blocks
 
 
 Rows = tuple[Part, list[int]]  # the rows of a batch, by their numbers in a part
@@ -391,17 +390,18 @@ def score(
     parts: list[Part],
     max_tokens: int = 8192,
     save: Callable[[list[Rows]], Any] = lambda chunk: None,
-    bar: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
-    """Scores the rows of the parts that have no scores yet; under torchrun this process's share of them.
+    """Scores the rows of the parts that have no scores yet: the share of process `rank` of `world`.
 
-    max_tokens: of a batch at most, padding and prefix counted. save: called with each chunk that is done. bar: whether
-    to show one. UserError where a score is not finite, and where a block does not fit the device.
+    max_tokens: of a batch at most, padding and prefix counted. save: called with each chunk that is done. UserError
+    where a score is not finite, and where a block does not fit the device.
     """
-    batches = own_share(cut_rows(parts, max_tokens), *rank_and_world())
-    chunks, home = cut_batches(model, batches)
+    batches = own_share(make_batches(parts, max_tokens), rank, world)
+    chunks, home = make_chunks(model, batches)
     n_rows, total = 0, sum(len(numbers) for _, numbers in batches)
-    quiet = None if bar else True  # None: a bar where stderr is a terminal
+    quiet = None if rank == 0 else True  # None: a bar where stderr is a terminal
     steps = len(chunks) * model.config.num_hidden_layers
     with tqdm(desc="scoring", total=steps, unit="block", disable=quiet) as progress:
         for chunk in chunks:
@@ -411,12 +411,7 @@ def score(
             n_rows += sum(len(numbers) for _, numbers in chunk)
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are: (0, 1) unless torchrun started them."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def cut_rows(parts: list[Part], max_tokens: int) -> list[Rows]:
+def make_batches(parts: list[Part], max_tokens: int) -> list[Rows]:
     """Batches of the rows that have no scores yet.
 
     Nothing in a batch depends on who runs it and when, so results do not depend on the number of processes, on memory,
@@ -442,7 +437,7 @@ def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
     return [batch for batch, middle in zip(batches, middles, strict=True) if int(middle * world / ends[-1]) == rank]
 
 
-def cut_batches(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], torch.device]:
+def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], torch.device]:
     """Chunks of batches, as large as memory allows, and where hidden states wait: on the device, or in host memory if
     that has more room. UserError where not even a block and a batch fit the device."""
     weight, blocks = model.lm_head.weight, model.model.layers
@@ -526,11 +521,12 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
     # --- through: a list of blocks in memory, or a stream of them
     for i, block in enumerate(model.model.layers):
         for _, prefix, batches in groups:
-            shared = []  # the prefix's keys and values in this block, until the next part's take their place
+            shared = []  # the prefix's keys and values in this block
             if prefix:
-                run_block(block, i, prefix, device, shared)
+                run_block(block, i, prefix, device, shared)  # which fills it
             for batch in batches:
-                run_block(block, i, batch, device, list(shared) or None)  # a copy, to which the batch's own are added
+                cache = list(shared) or None  # a list of its own, since attention adds the batch's keys and values
+                run_block(block, i, batch, device, cache)
         tick()
 
     # --- out
@@ -540,7 +536,8 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
 
 
 def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: list[Tensor] | None) -> None:
-    """Takes a batch through block i. cache: keys and values of what it follows, to which its own are added."""
+    """Takes a batch through block i. cache: keys and values of what it follows; attention puts the batch's own after
+    them, in the list itself."""
     mask = batch.mask
     if mask is not None:
         mask = mask.to(device)
@@ -555,7 +552,7 @@ def embed(model: Llama, rows: list[Row], past: int, home: torch.device) -> Batch
     S = len(rows[0].tokens)  # the longest
 
     def padded(lists: list[list[int]]) -> Tensor:
-        """(B, S): rows filled up with what they begin with, so that what is not finite is never the padding's."""
+        """(B, S): rows filled up with what they begin with, so that padding brings no NaN that the row has not."""
         return torch.tensor([values + values[:1] * (S - len(values)) for values in lists])
 
     device, table = model.lm_head.weight.device, model.model.embed_tokens.weight
@@ -743,11 +740,6 @@ def log_samples(path: Path, documents: list[Document], scores: list[list[Score]]
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def samples_file(folder: str, name: str) -> Path:
-    """Where --log_samples puts a task."""
-    return Path(folder) / f"samples_{name}.jsonl"
-
-
 def read_scores(work: Path) -> dict[str, dict[int, list[Score]]]:
     """What an interrupted command has left in a folder: {key of a part: {row: its scores}}."""
     known = {}
@@ -823,10 +815,10 @@ def main() -> None:
     # --- what the command names, checked before any weight is read
     args = parse_args()
     tasks = read_tasks(args.tasks)
-    outputs = {args.out: "--out"}
+    logs = {}  # where --log_samples puts each task
     if args.log_samples:
-        for name in tasks:
-            outputs[samples_file(args.log_samples, name)] = "--log_samples"
+        logs = {name: Path(args.log_samples) / f"samples_{name}.jsonl" for name in tasks}
+    outputs = {args.out: "--out", **dict.fromkeys(logs.values(), "--log_samples")}
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: must end in .json")
     for path, flag in outputs.items():
@@ -845,6 +837,8 @@ def main() -> None:
         config.max_position_embeddings = seqlen  # to which contexts of --tasks are cut, too
     limit = config.max_position_embeddings
     texts = read_texts(args.ppl, tokenizer, seqlen)
+    if texts:
+        config.check_length(seqlen, "--seqlen")
 
     # --- the processes, and the folder OUT.partial, which rank 0 alone reads: all must leave out the same rows
     rank, world = join_processes(args.device)
@@ -855,14 +849,12 @@ def main() -> None:
         known = read_scores(work)
         check_dtype(ckpt, dtype)
         shared = [ckpt.fingerprint(), known]
-        if args.ppl and limit < seqlen:
-            print(f"note: --seqlen {seqlen}: is more than the model's {limit} positions", file=sys.stderr)
     if world > 1:
-        dist.broadcast_object_list(shared)
+        dist.broadcast_object_list(shared)  # the others wait while rank 0 reads the whole checkpoint
     fingerprint, known = shared
 
     # --- the parts, with the scores that an interrupted command has left. What these depend on is a part's key; neither
-    # --max_tokens nor --device is in it: when memory runs out, another one may go on.
+    # --max_tokens nor --device is in it: when memory runs out, the command goes on with another one.
     flags = [args.add_bos, args.no_sharing, args.semi_structured, str(dtype)]
     settings = [fingerprint, tokenizer.fingerprint, *flags, limit]
     task_parts, text_parts = {}, {}
@@ -889,9 +881,9 @@ def main() -> None:
             scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)
         write_json(work / f"chunk-{digest(scores)}.json", {"version": VERSION, "scores": scores})
 
-    score(model, parts, args.max_tokens, save, bar=rank == 0)
+    score(model, parts, args.max_tokens, save, rank, world)
 
-    # --- the only time that processes wait for each other: rank 0 gets what the others have scored
+    # --- the last time that processes wait for each other: rank 0 gets what the others have scored
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, [part.scores for part in parts])
@@ -906,8 +898,8 @@ def main() -> None:
     results, ppl = {}, {}
     for name, documents in tasks.items():
         results[name], scores = task_results(documents, task_parts[name])
-        if args.log_samples:
-            log_samples(samples_file(args.log_samples, name), documents, scores)
+        if name in logs:
+            log_samples(logs[name], documents, scores)
     for name, part in text_parts.items():
         ppl[name] = text_results(part, seqlen)
     results.update(aggregates(results))

@@ -81,10 +81,17 @@ class LlamaConfig:
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
 
-    def check_length(self, n: int, what: str = "a sequence") -> None:
+    def check_window(self, n: int, what: str = "a sequence") -> None:
         """UserError if n tokens exceed the sliding window: only within it is Mistral's attention LLaMA's."""
         if self.sliding_window and n > self.sliding_window:
             raise UserError(f"{what}: {n} tokens are more than the model's sliding window of {self.sliding_window}")
+
+    def check_length(self, n: int, what: str) -> None:
+        """`check_window`, and a note if sequences of n tokens are longer than those that the model was trained on."""
+        self.check_window(n, what)
+        positions = self.max_position_embeddings
+        if positions is not None and n > positions and int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: {what}: {n} tokens are more than the model's {positions} positions", file=sys.stderr)
 
 
 LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -163,7 +170,7 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> t
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if dynamic or config.sliding_window:
         seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
-    config.check_length(seq_len)
+    config.check_window(seq_len)
     # Angles are float32: in bfloat16, positions beyond 256 would run together.
     angles = positions[..., None].float() * rope_frequencies(config, seq_len, positions.device)
     angles = torch.cat([angles, angles], -1)  # one for each half of a head, see `rotate`
@@ -270,25 +277,21 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: list | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: list | None = None) -> Tensor:
         """Hidden states after the last norm, (B, T, hidden_size): lm_head turns those that matter into logits.
 
-        tokens: (B, T) int64. positions: (T,) or (B, T), by default 0, 1, ... after what the cache holds. mask: bool,
-        broadcast to (B, heads, T, cached + T), True = may attend; causal by default. cache: one list per layer, empty
-        at first, that this call fills with keys and values; a cache of batch 1 serves any B.
+        tokens: (B, T) int64. positions: (T,), by default 0, 1, ... after what the cache holds. cache: one list per
+        layer, empty at first, that this call fills with keys and values; a cache of batch 1 serves any B.
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        if mask is None and past:  # SDPA's own causal flag aligns the first query with the first key: not ours here
+        mask = None
+        if past:  # SDPA's own causal flag aligns the first query with the first key: not ours here
             keys = torch.arange(past + tokens.shape[1], device=tokens.device)
             mask = keys <= keys[past:, None]
         x = self.model.embed_tokens(tokens)
         cos, sin = rope_tables(self.config, positions, x.dtype)
-        if cos.dim() == 3:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, head_dim): the same for every head
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 assert cache is None, "what the backward pass runs again would fill the cache again"
@@ -298,12 +301,12 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets their summed loss: targets (B, T), -100 where nothing is to be
-        predicted; or (N,), for the positions `where` (N,) of the flattened tokens."""
+        """Logits (B, T, vocab_size), or with targets their summed loss. targets: (B, T), -100 where nothing is to be
+        predicted; or (N,), with `where` (N,), their places in the flattened tokens."""
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        if where is None:  # how many there are only the device knows, and a GPU would have to be waited for
+        if where is None:  # finding the places waits for a GPU, so train.py brings them
             targets = targets.flatten()
             where = (targets != -100).nonzero().squeeze(1)
             targets = targets[where]
@@ -314,8 +317,8 @@ class Llama(nn.Module):
         """The cross-entropy summed (not averaged) over the targets, float32, (). x: (N, hidden_size), targets: (N,).
 
         Logits are made a few positions at a time and not kept: at 32,000 words they would otherwise be the largest
-        tensors of a fine-tuning step. Where the head is frozen, `FrozenHeadLoss` forms its input's gradient with them;
-        where it learns, they are made again in the backward pass.
+        tensors of a fine-tuning step. Where the head is frozen, `FrozenHeadLoss` forms the gradient in the same pass;
+        where it learns, logits are made again in the backward pass.
         """
         head = self.lm_head.weight
         if type(self.lm_head) is nn.Linear and not head.requires_grad:
@@ -332,8 +335,9 @@ class Llama(nn.Module):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """The summed cross-entropy of x (N, hidden_size) through a frozen head (vocab_size, hidden_size), whose gradient by
-    x is formed in the forward pass while the logits are there: the softmax minus 1 at the target, times the head."""
+    """The summed cross-entropy of x (N, hidden_size) through a frozen head (vocab_size, hidden_size). The gradient with
+    respect to x is formed in the forward pass, while the logits are there: (softmax - 1 at the target) times the head.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -347,7 +351,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             total -= logp[rows, t].sum()
             if dx is not None:
                 p = logp.exp_()
-                p[rows, t] -= 1  # the gradient by the logits
+                p[rows, t] -= 1  # the gradient with respect to the logits
                 torch.mm(p.to(x.dtype), head, out=dx[i : i + LOGITS])
         ctx.save_for_backward(dx)
         return total
@@ -355,7 +359,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         (dx,) = ctx.saved_tensors
-        return dx * g.to(dx.dtype), None, None  # g: one factor for all, so rounding it turns no gradient
+        return dx * g.to(dx.dtype), None, None  # g is one factor for all: rounding it changes no direction
 
 
 @torch.no_grad()
@@ -406,13 +410,13 @@ def cut_into_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 # a checkpoint as a LLaMA
 
 
-# Settings of LLaMA's relatives that would change the function, with what LLaMA does: any other value is refused. An
-# absent key and null are LLaMA's, always.
+# Settings of LLaMA's relatives that would change the function, and their values in a LLaMA: any other is refused. A key
+# that is absent or null means what LLaMA does.
 OFF = """attention_bias attention_out_bias mlp_bias qkv_bias use_bias rope_interleaved alibi use_sliding_window
     qk_norm use_qk_norm qk_layernorm attn_temperature_tuning use_parallel_residual"""
 ONE = "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb"
 ZERO = "no_rope_layer_interval num_experts num_local_experts n_routed_experts"
-NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping compression_config"
+NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping"
 PLAIN = {
     "hidden_act": ("silu", "swish"),
     "no_rope_layers": ([],),
@@ -455,7 +459,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
             raise UserError(f"{source}: config: {key} is {values.get(key)!r:.80}, expected {expected}")
 
     check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
-    check_stored_dense(values.get("quantization_config"), f"{source}: config: quantization_config")
+    for key in ("quantization_config", "compression_config"):  # the latter is llm-compressor's older name
+        check_stored_dense(values.get(key), f"{source}: config: {key}")
     rope_key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"  # where it stands, for messages
     values = {**values, **rope_settings(values)}
     scaling = values["rope_scaling"]
@@ -643,8 +648,9 @@ def stream_blocks(
             block = Block(config)
         state = {}
         with torch.cuda.stream(stream):  # without a stream this does nothing
-            for name, w in ckpt.block(i):
-                w = cast(w, dtype, f"model.layers.{i}.{name}")
+            for name in block.state_dict():
+                full_name = f"model.layers.{i}.{name}"
+                w = cast(ckpt[full_name], dtype, full_name)  # one at a time: it takes memory as soon as it is read
                 if stream:
                     state[name] = w.pin_memory().to(device, non_blocking=True)  # the GPU copies pinned memory by itself
                 else:
@@ -949,18 +955,13 @@ def parse_size(text: str) -> int:
     return int(digits) * units[unit]
 
 
-def complete(
-    model: Llama, tokenizer: Tokenizer, prompt: str, n: int, temperature: float = 0.0, top_p: float = 1.0
-) -> str:
+def complete(model: Llama, tokenizer: Tokenizer, prompt: str, n: int, temperature: float, top_p: float) -> str:
     """The prompt and up to n tokens that go on from it, as text; see `generate`."""
     prompt_tokens = tokenizer.encode(prompt)
     tokens = prompt_tokens if tokenizer.bos is None else [tokenizer.bos, *prompt_tokens]
     if not tokens:
         raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
     model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
-    positions = model.config.max_position_embeddings
-    if positions is not None and positions < len(tokens) + n:
-        print(f"note: the model was trained on {positions} tokens at most", file=sys.stderr)
     new = generate(model, tokens, n, temperature, top_p, tokenizer.eos)
     return tokenizer.decode(prompt_tokens + [token for token in new if token not in tokenizer.eos])
 

@@ -43,7 +43,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -211,16 +210,18 @@ def prune_model(
     pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
     check_pattern(pattern, model.config)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
+    tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the caller may have TF32 on
-    tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
-    x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)
-    tables = rope_tables(model.config, torch.arange(tokens.shape[1], device=x.device), x.dtype)
-    batch = batch_size(model.config, tokens, x.device)
-    report = []
-    for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
-        report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
-    torch.set_float32_matmul_precision(precision)
+    try:
+        x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)
+        tables = rope_tables(model.config, torch.arange(tokens.shape[1], device=x.device), x.dtype)
+        batch = batch_size(model.config, tokens, x.device)
+        report = []
+        for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
+            report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+    finally:
+        torch.set_float32_matmul_precision(precision)
     entry = {"method": method, "sparsity": "by layer" if callable(sparsity) else format_sparsity(pattern)}
     if dsnot_cycles:
         entry.update(dsnot_cycles=dsnot_cycles, dsnot_threshold=dsnot_threshold)
@@ -281,8 +282,8 @@ def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, setti
         stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
         hook = functools.partial(add_batch, stats[name], n_sequences, moments, stride)
         hooks.append(linear.register_forward_pre_hook(hook))
-    # Nobody reads what comes out of this pass, and down_proj comes last in it: once its input is seen, its matmul, a
-    # fifth of a LLaMA block's work, is left out: this attribute hides the class's own forward.
+    # Nobody reads what comes out of this pass, so the last matmul, down_proj's, a fifth of a block's work, is left out:
+    # an attribute hides the class's own forward. The hook has seen its input by then, and the block adds this 0 to x.
     linears["mlp.down_proj"].forward = lambda x: x.new_zeros(())
     try:
         for part in x.split(batch):
@@ -297,8 +298,7 @@ def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, setti
 def add_batch(
     s: Statistics, n_sequences: int, moments: bool, stride: int, linear: nn.Module, args: tuple[Tensor]
 ) -> None:
-    """A linear's hook: adds its inputs (B, T, C), those of B of the n_sequences; every stride-th token is kept as a
-    sample."""
+    """A linear's hook: adds its inputs (B, T, C), B of all n_sequences at a time, and keeps every stride-th token."""
     (inputs,) = args
     tokens = inputs.flatten(0, 1).float()  # (B * T, C)
     s.square += tokens.square().sum(0) / n_sequences
@@ -391,7 +391,7 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
             mask = keep_mask(score, sparsity, whole)
             if dsnot_follows and swapped:
                 mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
-            rows.masked_fill_(~mask, 0)  # not a product, which leaves -0 of a negative weight, a survivor to `pack`
+            rows.masked_fill_(~mask, 0)  # a product would leave -0 of a negative weight, and a .pt keeps a -0
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
     return {"zeros": count_zeros(W), "size": W.numel(), "error": change.item()}
 
@@ -406,7 +406,7 @@ def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
     return score
 
 
-def check_pattern(sparsity: Sparsity | ByName, config: LlamaConfig) -> None:
+def check_pattern(sparsity: Sparsity | ByName | Callable, config: LlamaConfig) -> None:
     """UserError where an N:M pattern's groups do not fit the inputs of a linear, where a linear is not named, and for a
     name that is no linear's."""
     with torch.device("meta"):
@@ -470,8 +470,9 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
             keep = keep_mask(score, sparsity, whole=True).T & ~z[columns]  # (group, R)
             for j, kept in enumerate(keep, first):
                 torch.div(w[j].masked_fill(kept, 0), u[j, j], out=errors[j])  # what goes, on the column's own scale
-                w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)  # column j too, by its err * u_jj: what goes is 0
-                w[j].mul_(kept)  # to the last bit
+                # Column j itself becomes w_j - err_j u_jj, for what goes 0 but for rounding; mul_ makes it exactly 0.
+                w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)
+                w[j].mul_(kept)
         W[:, start:end] = w.T + 0.0  # which makes 0 of the -0 that a product leaves
         W[:, end:].addmm_(errors.T, U[start:end, end:], alpha=-1)  # one product in place of a pass for each column
     return W
@@ -556,8 +557,8 @@ def dsnot(
 # ----------------------------------------------------------------------------------------------------------------------
 # a model on disk: OUT.partial holds
 #     job.json              which command this is, so that another one does not go on with it
-#     model-00001-of-...    the pruned blocks, each in a file of its own; at the end also what belongs to no block
-#     inputs-00001.pt       the inputs of the first block that is not done, and the report of those before it
+#     model-00001-of-...    the pruned blocks, from the first on, a file each; at the end also what belongs to no block
+#     inputs-00001.pt       after 1 block: the inputs of the next, and the report of those that are done
 
 
 @torch.no_grad()
@@ -737,14 +738,8 @@ def main() -> None:
     calib = f"--calib {args.calib}"
     tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)
     sequences, seqlen = tokens.shape
-    config.check_length(seqlen, calib)
     check_pattern(sparsity, config)
-    positions = config.max_position_embeddings
-    if positions is not None and positions < seqlen:
-        print(
-            f"note: {calib}: its windows of {seqlen} tokens are longer than the model's {positions} positions",
-            file=sys.stderr,
-        )
+    config.check_length(seqlen, f"{calib}: each window")
 
     cycles = args.dsnot_cycles if args.dsnot else 0
     settings = Settings(args.method, sparsity, cycles, args.dsnot_threshold)

@@ -26,13 +26,12 @@ since the gradient of alpha falls out of that of x o alpha_j:
 
     (7)  x W~^T = beta o concat_j( (x o alpha_j) W_j^T )
 
-`fused`, the default, uses that the layer is linear in a single matrix, the effective weight W^ (W with a hat), and
-spends 3:
+`fused`, the default, relies on y being linear in a single matrix, the effective weight W^ (W with a hat), and spends 3:
 
     forward    W^ = W + scale * W~            elementwise, one m x n buffer
                y  = x (W^)^T                  1 unit; W^ is dropped
     backward   W^ is formed again
-               dx = g W^                      1 unit; g is the gradient of the loss with respect to y
+               dx = g W^                      1 unit; g: the gradient of the loss with respect to y
                G  = g^T x                     1 unit: the gradient with respect to W^, m x n
                GW = G o W                     block by block; row i belongs to block k = i // (m/r)
                d beta_i   = scale * sum over j of GW_ij alpha_kj
@@ -47,12 +46,14 @@ as |scale * alpha * beta| is below 2^-9, half a step of bfloat16, rounding gives
 but the float32 factors still get their gradients, and grow past it. Rounding stochastically, or keeping base and branch
 apart, ends at the same loss (bench/rounding.py).
 
-The other ways to learn under a mask are the same product with another W^, a few lines each (`METHODS`):
+The other methods have another W^, a few lines each (`METHODS`):
 
     (2)  dynamic        W^ = W o mask, the mask of the largest |W|; W is dense and gets the gradient of W^ as it is
     (3)  masked         W^ = W; every weight that is not 0 learns
     (6)  lora           W^ = W + scale * B A, dense until it is merged under the mask: the paper's LoRA*
          masked_lora    W^ = W + scale * mask o (B A)
+
+(lora needs its W^ for merging only: it trains through x A^T B^T, two thin products.)
 
     python spp.py --ckpt pruned.pt --adapter out/spp/adapter.pt --out merged.pt
 
@@ -90,8 +91,7 @@ from data.checkpoint import (
 )
 from model import Parser, cli, common_dtype, open_llama
 
-# the seven linears of a LLaMA block, and the head of a classifier that is built on one
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the linears of a LLaMA block
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ class AdapterLinear(nn.Module):
         self.weight = linear.weight  # under the name that it has in a checkpoint, so that one fills the model as before
         self.weight.requires_grad_(False)
         self.shape = linear.weight.shape  # (m, n)
+        # --packed: one bit a weight, 1 where W is not 0, and `weight` holds the survivors alone. None: W is dense.
         self.register_buffer("bits", None, persistent=False)
         self.merged_dtype = linear.weight.dtype  # train.py: the checkpoint's, whatever W is held in while it learns
         self.r, self.scale = r, scale
@@ -132,7 +133,7 @@ class AdapterLinear(nn.Module):
         if not self.training:
             return F.linear(x, self.merged().to(x.dtype))
         factors = [getattr(self, name) for name in self.factors]
-        # All as arguments: autograd keeps and gives gradients to no others.
+        # All as arguments: autograd saves only what it is given, and only that gets a gradient.
         return EffectiveMatmul.apply(x, self.weight_of, self.gradients_of, self.weight, self.bits, *factors)
 
     def pack(self, W: Tensor) -> bool:
@@ -149,16 +150,17 @@ class AdapterLinear(nn.Module):
         return unpack(self.weight.detach(), self.bits, self.shape[1])
 
     def weight_of(self, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
-        """W^ from W, or from its survivors and their bits."""
+        """`effective_weight` of W, or of its survivors and their bits."""
         return self.effective_weight(unpack(W, bits, self.shape[1]), *factors)
 
     def gradients_of(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        """`factor_gradients` of the same."""
         return self.factor_gradients(G, unpack(W, bits, self.shape[1]), *factors)
 
     def merged(self, masked: bool = True) -> Tensor:
         """W^ in the checkpoint's dtype, (m, n), rounded to the nearest. masked=False leaves LoRA's dense."""
-        W = self.effective_weight(self.dense(), *(getattr(self, name).detach() for name in self.factors))
-        return W.to(self.merged_dtype)
+        factors = [getattr(self, name).detach() for name in self.factors]
+        return self.effective_weight(self.dense(), *factors).to(self.merged_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, r={self.r}, scale={self.scale}"
@@ -169,7 +171,8 @@ class SPPLinear(AdapterLinear):
 
     matmul: "fused", "chunked" or "repeat", the same function in three forms. The paper's ablations: beta=False keeps
     beta at 1 and starts alpha at 0 (Table 4); zero_init says which factor starts at 0, "beta", "alpha" or "none" (Table
-    8); residual=False multiplies W by the factors, which then start at 1, in place of adding W~ to it (Remark 1).
+    8); residual=False (Remark 1) leaves W~ alone, y = x (W o stretched alpha o beta)^T: both factors start at 1, and so
+    is the scale, which would only rescale them.
     """
 
     factors = ("alpha", "beta")
@@ -184,7 +187,7 @@ class SPPLinear(AdapterLinear):
         zero_init: str = "beta",
         residual: bool = True,
     ):
-        super().__init__(linear, r, scale if residual else 1.0)  # without W beside it s would be one more factor
+        super().__init__(linear, r, scale if residual else 1.0)
         m, n = self.weight.shape
         assert m % r == 0, f"r = {r} does not divide m = {m}"
         self.matmul, self.zero_init, self.residual = matmul, zero_init, residual
@@ -212,7 +215,9 @@ class SPPLinear(AdapterLinear):
         if not self.training:
             return super().forward(x)
         if self.matmul == "fused":
-            if torch.compiler.is_compiling():  # one node of the graph in each pass, and no W^ kept between them
+            # The same as an operator: one node of a compiled graph, which keeps no W^ between the passes. On a GPU it
+            # unpacks within its kernels. Of a subclass, which may have another W^, it would know nothing.
+            if type(self) is SPPLinear and (torch.compiler.is_compiling() or (W.is_cuda and self.bits is not None)):
                 return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
             return super().forward(x)
         assert self.bits is None, "only the fused form makes W in each pass"
@@ -226,17 +231,21 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        return self.weight_of(W, None, alpha, beta)
+        return spp_weight(W, None, alpha, beta, self.scale, self.residual)
 
-    def weight_of(self, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor) -> Tensor:
-        return spp_weight(W, bits, alpha, beta, self.scale, self.residual)
-
-    def gradients_of(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *spp_gradients(G, W, bits, *factors, self.scale)
+    def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *spp_gradients(G, W, None, alpha, beta, self.scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# three matmuls: W^ and G are formed elementwise, in float32, and rounded once
+# three matmuls a step
+#
+# forward    EffectiveMatmul -> product    -> the layer's effective_weight      (SPP's: spp_weight -> form)
+# backward   EffectiveMatmul -> gradients  -> effective_weight once more, then
+#                                             the layer's factor_gradients      (SPP's: spp_gradients -> reduce)
+#
+# form and reduce are elementwise and in float32: a CPU runs them a few rows at a time, a GPU as one compiled kernel.
+# The operators at the end of this section do the same for torch.compile; skip them at first.
 
 
 def form(
@@ -248,22 +257,22 @@ def form(
     residual: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """W^ = W + scale * W~ of k blocks of rows, (k, m/r, n), in its dtype. W: the same, or survivors with their bits;
-    alpha: (k, n), beta: (k, m/r). out: where it goes, by default a new tensor."""
+    """W^ = W + scale * W~ of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n), or
+    survivors with their bits; alpha: (k, n), beta: (k, m/r). out: where it goes, by default a new tensor."""
     dtype = W.dtype
     W = unpack(W, bits, alpha.shape[1]).view(len(alpha), -1, alpha.shape[1]).to(alpha.dtype)
     M = (scale * beta)[:, :, None] * alpha[:, None, :]  # block k is the outer product of its betas with alpha_k
     W_hat = torch.addcmul(W, W, M, out=out) if residual else torch.mul(W, M, out=out)
-    return W_hat.to(dtype)  # where it goes to `out` it has been rounded on the way
+    return W_hat.to(dtype)  # `out` has W's dtype already: rounded while it was written, and no copy here
 
 
 def reduce(
-    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, sums: bool
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, one_kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G: see `form`."""
+    """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G (k, m/r, n): see `form`."""
     GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
     beta = scale * beta
-    if sums:  # on a GPU, where they are one kernel with the product above; bmm would want GW in memory
+    if one_kernel:  # sums are compiled together with the product above; bmm would want GW in memory
         return (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
     d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
     d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
@@ -280,7 +289,8 @@ def in_blocks(alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     the cache of a CPU; several at a time where r is near m, or r = m would take a minute."""
     r, m = len(alpha), len(of_rows[0])
     views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
-    return zip(*(view.split(max(1, 64 * r // m)) for view in views), strict=True)
+    at_once = max(1, 64 * r // m)  # blocks of m/r rows: about 64 rows, or one block
+    return zip(*(view.split(at_once) for view in views), strict=True)
 
 
 def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
@@ -323,8 +333,8 @@ def gradients(
     bits: Tensor | None,
     *factors: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, W, bits (None) and the factors; needed: whether that of x is, and any other."""
-    survivors, mask = W.numel(), bits
+    """The gradients of x, W, bits (None) and the factors. needed: (does x need one, does anything else)."""
+    survivors, mask = W.numel(), bits  # of a packed W, before it is unpacked
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
     W_hat = weight_of(W, bits, *factors).to(x.dtype)
@@ -344,8 +354,8 @@ class EffectiveMatmul(torch.autograd.Function):
     """y = x (W^)^T for a layer's effective weight W^, which is formed in each pass and never saved: 3 units.
 
     x (..., n), W (m, n) or its survivors with their bits, factors: what the layer learns; weight_of, gradients_of: its
-    methods of these names.
-    Nothing saved is a view or a cast of W, so that FSDP can free the gathered weight between the passes.
+    methods of these names. Nothing saved is a view or a cast of W, so that FSDP can free the gathered weight between
+    the passes.
     """
 
     @staticmethod

@@ -11,7 +11,7 @@ Two machines of eight, the first reachable as 10.0.0.1 (add NCCL_IB_DISABLE=1 in
 
 The defaults are the paper's, by the model's size (`PAPER`), and the learning rate is that of the method, the width and
 the number of steps (`default_lr`); bench/memory.py says what a run would need. `main` is the whole run, from settings
-to merged.pt; what it calls stands below it, in the order of the calls. With --resume the same command goes on where a
+to merged.pt; what it calls stands below it. With --resume the same command goes on where a
 run was stopped, and starts from the beginning where nothing was saved yet.
 
 What differs from the authors' script. The examples of a global batch are sorted by length and cut into micro-batches
@@ -19,7 +19,7 @@ of equal work, instead of drawn at random and padded to the longest. The gradien
 mean over all target tokens of the global batch however they are cut, and on Alpaca-format instructions half as many
 positions are computed (bench/padding.py). The frozen weights are bfloat16 where the checkpoint is float16, so that no
 loss scaling is needed; merging takes them from the checkpoint, unrounded. A validation measures what merging would
-write: weights rounded to the checkpoint's dtype, LoRA's under the mask, --method dynamic's by the mask of the time.
+write: weights rounded to the checkpoint's dtype, LoRA's and --method dynamic's under their masks.
 
 What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
 newest two states), adapter.pt (the adapter of the lowest validation loss after the start) and merged.pt, the
@@ -28,6 +28,7 @@ holds the last weights, in the checkpoint's dtype. A loss that is not finite end
 """
 
 import argparse
+import bisect
 import dataclasses
 import functools
 import json
@@ -38,7 +39,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -189,8 +190,8 @@ def main() -> None:
     # error is then a single process that ends, and torchrun ends the others.
     out_dir = Path(args.out_dir)
     state = None
-    # Steps done; the validation loss of step 0; that of what merged.pt will hold. Both are inf while there is none.
-    start, first, best = 0, math.inf, math.inf
+    # start: steps done; first: the validation loss of step 0; best: that of what merged.pt will hold
+    start, first, best = 0, math.inf, math.inf  # inf: none yet
     base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
     if int(os.environ.get("RANK", 0)) == 0:
         base = ckpt.fingerprint() if args.ckpt else args.preset
@@ -291,8 +292,8 @@ def main() -> None:
         grad_norm = nn.utils.clip_grad_norm_(learning, clip)
         if mesh is not None:  # under FSDP each process has the norm of its shards
             grad_norm = grad_norm.full_tensor()
-        # What all processes must agree on, in one collective: the loss, and whether any of them was asked to stop. This
-        # is also where the device is waited for, once a step.
+        # What all processes must agree on, in one exchange: the loss, and whether any of them was asked to stop. From
+        # here on the device is waited for, once a step.
         sums = torch.stack([loss_sum, loss_sum.new_tensor(len(stop))])
         if world > 1:
             dist.all_reduce(sums)
@@ -326,8 +327,9 @@ def main() -> None:
                     write_adapter(path, factors, base, args.method, args.rank, args.scale, ablations(args))
 
         saving = done or stopping or (step + 1) % args.save_interval == 0
-        if saving and optimizer.state:  # empty before the first step, and the library would then take a step of its own
-            weights = dcp.get_model_state_dict(model, options=gather)  # as above, all of them call it
+        # Before the first update there are no moments yet, and the library would make some by calling step() itself.
+        if saving and optimizer.state:
+            weights = dcp.get_model_state_dict(model, options=gather)  # gathered as above, so all of them call it
             moments = dcp.get_optimizer_state_dict(model, optimizer, options=gather)
             if rank == 0:
                 write_state(out_dir, run_id, step + 1, first, best, weights, moments, model)
@@ -337,7 +339,7 @@ def main() -> None:
             log(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume goes on from there")
             sys.exit(128 + stop[0] if stop else 1)  # as a shell says it; 1: another process got the signal
 
-    # --- the result. The processes part first: merging a 70B takes longer than the ten minutes for which NCCL waits.
+    # --- the result. The processes part first, so that none waits, and gives up, while rank 0 merges a 70B.
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -482,7 +484,7 @@ class Examples:
 
     def batch(self, indices: list[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
         """What `Llama.forward` takes, int64: right-padded tokens (B, T); targets (N,); where in the flattened tokens
-        they are to be predicted (N,), which is worked out here, since a GPU would have to be waited for.
+        they are to be predicted (N,): a GPU that had to find these places itself would have to be waited for.
 
         No attention mask is needed: attention is causal, so real positions never see the padding after them.
         An empty list gives one padded position: a process without work still takes part in every collective.
@@ -521,11 +523,7 @@ def read_data(
     if not train.n_targets.any():
         raise UserError(f"--data {data}: no example has a token to learn: --mask_prompt, and every answer was cut away")
     longest = int(max(train.lengths.max(), val.lengths.max(initial=0)))
-    config.check_length(longest, f"--data {data}")
-    positions = config.max_position_embeddings
-    if positions is not None and longest > positions and int(os.environ.get("RANK", 0)) == 0:
-        note = f"note: --data {data}: its longest example computes {longest} tokens"
-        print(f"{note}, more than the model's {positions} positions", file=sys.stderr)
+    config.check_length(longest, f"--data {data}: its longest example")
     if longest > args.max_tokens:
         raise UserError(f"--max_tokens {args.max_tokens}: the longest example of {data} computes {longest}")
     if min(args.batch_size, len(train.lengths)) < world:
@@ -557,8 +555,8 @@ def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world
     """Cuts a global batch into micro-batches, a list of them for each process.
 
     Sorted by length, examples that lie together pad little. Every process gets the same number of micro-batches, since
-    FSDP's collectives wait for each other: 1, 2, 3, ... are tried, and the number of the least work taken, padding and
-    FIXED_COST counted. For each, the cut is the most even one: under the lowest limit that needs no more of them.
+    FSDP's collectives wait for each other. Their number is the multiple of `world` of the least work: padded tokens,
+    and FIXED_COST for each micro-batch. Given a number, the cut is the most even one (`lowest_limit`).
     """
     indices = np.sort(indices)  # so that the cut does not depend on their order
     sizes = lengths[indices].tolist()
@@ -566,7 +564,7 @@ def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world
     least, parts = math.inf, []
     while sum(sizes) + count * FIXED_COST < least:  # more of them would be more work even if none had padding
         cut = cut_into_batches(sizes, lowest_limit(sizes, count, max_tokens))
-        work = sum(len(part) * sizes[part[0]] for part in cut) + count * FIXED_COST
+        work = padded_tokens(cut, sizes) + count * FIXED_COST
         if work < least:
             least, parts = work, cut
         count += world
@@ -576,21 +574,16 @@ def split_batch(indices: np.ndarray, lengths: np.ndarray, max_tokens: int, world
     return [parts[rank::world] for rank in range(world)]
 
 
+def padded_tokens(micro_batches: list[list[int]], lengths: Sequence[int]) -> int:
+    """Positions that are computed: each micro-batch is padded to its longest example."""
+    return sum(len(part) * max((int(lengths[i]) for i in part), default=0) for part in micro_batches)
+
+
 def lowest_limit(sizes: list[int], count: int, max_tokens: int) -> int:
-    """The lowest limit under which sequences of these sizes are cut into at most `count` batches, by bisection."""
-    low, high = max(sizes), max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut_into_batches(sizes, middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def padded_tokens(micro_batches: list[list[list[int]]], lengths: np.ndarray) -> int:
-    """Positions that a cut global batch computes, padding included."""
-    return sum(len(part) * int(lengths[part].max(initial=0)) for parts in micro_batches for part in parts)
+    """The lowest limit under which sequences of these sizes are cut into at most `count` batches."""
+    limits = range(max(sizes), max_tokens)  # if none of them will do, max_tokens
+    few_enough = lambda limit: len(cut_into_batches(sizes, limit)) <= count
+    return limits.start + bisect.bisect_left(limits, True, key=few_enough)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

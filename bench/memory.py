@@ -202,7 +202,7 @@ def main():
         for step in range(steps):
             shares = train.split_batch(plan[step], data.lengths, args.max_tokens, args.processes)
             targets += int(data.n_targets[plan[step]].sum())
-            padded += train.padded_tokens(shares, data.lengths)
+            padded += sum(train.padded_tokens(share, data.lengths) for share in shares)
             shapes += [(len(part), int(data.lengths[part[0]])) for parts in shares for part in parts if part]
     rows, T = max(shapes, key=math.prod)
 

@@ -59,7 +59,7 @@ def main():
     print("| batches | padding, share of computed tokens | useful tokens/s |\n|---|---|---|")
     for way, batches in ways.items():
         useful = sum(data.lengths[part].sum() for parts in batches for part in parts if len(part))
-        waste = 1 - useful / padded_tokens(batches, data.lengths)
+        waste = 1 - useful / sum(padded_tokens(parts, data.lengths) for parts in batches)
         speeds = [data.lengths[every[step]].sum() / t for step, t in enumerate(seconds[way])]
         print(f"| {way} | {100 * waste:.1f}% | {statistics.median(speeds):,.0f} |")
 

@@ -19,7 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from model import Parser, cli, load, number, open_llama  # noqa: E402
-from spp import SPPLinear, adapter_state, inject, load_adapter, merge  # noqa: E402
+from spp import SPPLinear, adapter_state, inject, load_adapter, merge, spp_weight  # noqa: E402
 
 
 def round_stochastically(W: torch.Tensor, seed: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ class StochasticLinear(SPPLinear):
         return super().forward(x)
 
     def effective_weight(self, W, alpha, beta):
-        return round_stochastically(super().effective_weight(W, alpha, beta), self.seed)
+        return round_stochastically(super().effective_weight(W.float(), alpha, beta), self.seed)
 
 
 class SplitLinear(SPPLinear):
@@ -51,7 +51,7 @@ class SplitLinear(SPPLinear):
         return F.linear(x, self.weight) + super().forward(x)
 
     def effective_weight(self, W, alpha, beta):
-        return super().effective_weight(W, alpha, beta) - W.float()
+        return spp_weight(W.float(), None, alpha, beta, self.scale, residual=False)  # W~ alone
 
 
 MODES = {  # what is trained: (dtype, class)

@@ -5,8 +5,8 @@
     Hugging Face's   a directory: config.json with *.safetensors or *.bin, in one file or many
     Meta's           a directory: params.json with consolidated.*.pth, each a slice of every matrix
 
-Whatever the layout, tensors have Hugging Face's names and the config is a dict under Hugging Face's keys. Nothing here
-knows what a LLaMA is: model.py holds names, shapes and settings against its network.
+Whatever the layout, tensors have Hugging Face's names and the config is a dict under Hugging Face's keys. What a LLaMA
+is, model.py knows: it holds names, shapes and settings against its network. Of LLaMA only Meta's names are known here.
 
 A checkpoint is never read as a whole. `Checkpoint` maps a tensor of the file when it is asked for, and writing goes
 tensor by tensor, so that converting a 70B model takes the memory of its largest matrix. Files are read without running
@@ -75,12 +75,12 @@ FOREIGN = {
 }
 
 
-def read_bytes(path: str | Path, limit: int = 2**31) -> bytes:
-    """What a file holds. UserError where it cannot be read, or has more than `limit` bytes."""
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds. UserError where it cannot be read, or has more than 2 GiB."""
     path = checked_file(path)
     try:
-        if path.stat().st_size > limit:
-            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, more than the {limit:,} that it may have")
+        if path.stat().st_size > 2**31:
+            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, more than the {2**31:,} that it may have")
         data = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
@@ -142,7 +142,7 @@ def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tupl
     for i, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}: line {i}"
-            yield where, parse_json(line, where, dict, surrogates)
+            yield where, parse_json(line, f"{where} (an object on each line)", dict, surrogates)
 
 
 def read_npy(path: str | Path) -> np.ndarray:
@@ -345,14 +345,6 @@ class Checkpoint(Mapping):
         new.history = [*self.history, entry]
         return new
 
-    def block(self, i: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of layer i one at a time, since a mapped one takes memory as soon as it is read; named from the
-        block on: "self_attn.q_proj.weight"."""
-        prefix = f"model.layers.{i}."
-        for name in self:
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), self[name]
-
     def fingerprint(self) -> str:
         """A hash of every name, shape, dtype and byte: the same in every layout.
 
@@ -403,7 +395,8 @@ def write_checkpoint(
     shapes = {name: w.to(dtype or w.dtype) for name, w in ckpt.shapes.items()}
     with atomic(path) as tmp:
         if path.suffix == ".pt":
-            write_pt(tmp, ckpt, shapes)
+            head = {"config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files, "history": ckpt.history}
+            write_torch(tmp, ckpt, shapes, head)
         elif layout == "meta":
             write_meta(tmp, ckpt, shapes)
         else:
@@ -424,11 +417,6 @@ def cast(w: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name}: holds {largest:.3g}, which is too large for {kind}; take --dtype {other}")
     return new
-
-
-def converted(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> np.ndarray:
-    """The bytes of a tensor in another dtype, as `cast` makes it."""
-    return tensor_bytes(cast(tensors[name], dtype, name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,7 +538,7 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
 
 # Bytes after which a file is mapped anew: pages that were read stay in memory while a mapping lives, and a large model
 # would fill it while it is walked. Mapping is parsing, a tenth of a second for 500 tensors, so it is not done for each.
-# But it is for what was given out before, which may have been changed: a mapping is this process's own.
+# A tensor that is asked for twice is mapped anew: whoever had it first may have written into it.
 REMAP = 2**24
 
 LEGACY = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the number with which PyTorch's files of before 1.6 begin
@@ -683,11 +671,6 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
     return tensors
 
 
-def write_pt(path: Path, ckpt: Checkpoint, shapes: dict[str, Tensor]) -> None:
-    head = {"config": ckpt.config, "tokenizer": ckpt.tokenizer, "files": ckpt.files, "history": ckpt.history}
-    write_torch(path, ckpt, shapes, head)
-
-
 def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor], head: dict | None = None) -> None:
     """torch.save of the tensors that `shapes` names, in its dtypes: a state dict, or with `head` that dict and the
     state dict as its `model`, in which matrices are packed where that takes less. One tensor at a time is in memory.
@@ -709,7 +692,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Ten
                 record(f"data/{len(written)}", part)
                 written[key] = part.shape, part.dtype
             parts = W = mask = part = None  # gone before the next is read
-        # not before: in between they would take, and keep, the memory that a weight has just left
+        # Not made earlier: small tensors between the large ones would hold on to memory that a weight has just left.
         blank = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in written.items()}
         if head is not None:
             version = PT_VERSION if packed else VERSION
@@ -831,7 +814,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shapes: dict[st
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name, w in shapes.items():
-            f.write(converted(tensors, name, w.dtype))
+            f.write(tensor_bytes(cast(tensors[name], w.dtype, name)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -104,8 +105,9 @@ class Tokenizer:
     """Text <-> ids. The two kinds add encode_text and decode_text, for text between special tokens.
 
     data: the principal file as it came; files: name -> bytes of the siblings used; vocab: token -> id of the model;
-    special: id -> text of special and added tokens; vocab_size: the largest id + 1; bos: its id or None; eos: the ids
-    that end a text, first the one that training examples end with; adds_bos: whether, as the model's files have it, BOS
+    special: id -> text of special and added tokens; vocab_size: the largest id + 1, added tokens that the model beside
+    it has no embedding for (a `<pad>`) not counted; bos: its id or None; eos: the ids that end a text, first the one
+    that training examples end with; adds_bos: whether, as the model's files have it, BOS
     stands before every text (lm-eval follows that); fingerprint: SHA-256, in hex, of all that determines ids."""
 
     def __init__(self, where: str, settings: dict[str, dict], vocab: dict[str, int]):
@@ -116,7 +118,8 @@ class Tokenizer:
         for id, text in self.special.items():
             if self.texts.get(id, text) != text or self.ids[text] != id or vocab.get(text, id) != id:
                 raise UserError(f"{where}: ids collide: {text!r} is added as {id}, where the vocabulary has another")
-        self.vocab_size = max(self.ids.values()) + 1
+        self.embedded = settings.get("config.json", {}).get("vocab_size") or math.inf  # how many ids the model knows
+        self.vocab_size = 1 + max([*vocab.values(), *(id for id in self.special if id < self.embedded)])
         # re takes the first alternative that matches; with the longest first that is the leftmost longest token
         longest_first = sorted(map(re.escape, self.special.values()), key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
@@ -154,7 +157,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of text, without BOS and EOS. special: whether "</s>" in the text is that token, or four characters.
 
-        UserError where text has half of a surrogate pair, which JSON may hold and UTF-8 may not."""
+        UserError where text has half of a surrogate pair, which JSON may hold and UTF-8 may not, or a special token
+        without an embedding."""
         try:
             text.encode()
         except UnicodeEncodeError as e:
@@ -162,6 +166,8 @@ class Tokenizer:
         ids = []
         for i, part in enumerate(self.special_pattern.split(text) if special else [text]):
             if i % 2 == 1:  # split returns text, token, text, token, ..., text
+                if self.ids[part] >= self.embedded:
+                    raise UserError(f"text has {part!r}, token {self.ids[part]}; the model knows only {self.embedded}")
                 ids.append(self.ids[part])
             elif part:
                 ids += self.encode_text(part, first=i == 0)

@@ -213,7 +213,7 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
     ("content", "message"),
     [
         ("[", "is not JSON"),
-        ("{", "line 1: is not JSON"),
+        ("{", "line 1 (an object on each line): is not JSON"),
         ("5", "is a JSON int, expected a list"),
         ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "record 1: `output` is missing"),
         ('["a"]', "record 0 is a str"),
@@ -234,7 +234,13 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"conversations": []}]', "record 0: `conversations` holds no exchange"),
         ('[{"conversations": [{"from": "system", "value": "s"}]}]', "record 0: `conversations` holds no exchange"),
         ('[{"conversations": [{"from": "human"}]}]', "record 0: turn 0: `value` is missing, expected a string"),
-        ('[{"messages": [{"role": "user", "content": []}]}]', "record 0: turn 0: `content` is list, expected a string"),
+        ('[{"messages": [{"role": "user", "content": ["a"]}]}]', "record 0: turn 0: `content` has a part that is no"),
+        (
+            '[{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}]',
+            "record 0: turn 0: `content` has a part that is no text",
+        ),
+        ('[{"messages": [{"role": "user", "content": [{"type": "text"}]}]}]', "record 0: turn 0: `text` is missing"),
+        ('[{"messages": [{"role": "system", "content": ""}]}]', "record 0: `messages` holds no exchange"),
         ('[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "record 0: turn 0: `content`: holds half of a"),
         ('[{"messages": [{"role": "tool", "content": "x"}]}]', "record 0: turn 0 is by 'tool', expected human"),
         ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `turn 1` is empty"),
@@ -322,6 +328,15 @@ def test_each_exchange_of_a_conversation_is_an_example_behind_the_earlier_ones(t
     head = ALPACA.partition("### Instruction")[0]
     with_system = [(p.replace(head, "Here are things.\n\n"), answer) for p, answer in expected]
     assert decoded(lossless, tmp_path / "out", "train") == with_system
+
+
+def test_an_empty_system_message_is_none_and_a_text_in_parts_is_their_sum():
+    """As chat templates write the one, and today's clients the other."""
+    plain = [{"role": {"human": "user", "gpt": "assistant"}[by], "content": text} for by, text in CHAT]
+    parts = [{"type": "text", "text": text} for text in ("Name ", "red things.")]
+    other = [{"role": "system", "content": " "}, {"role": "user", "content": parts}, *plain[1:]]
+    expected, found = (alpaca.parse(json.dumps([{"messages": m}]).encode(), "x", False) for m in (plain, other))
+    assert found == expected and len(found[0]) == 2
 
 
 def test_a_last_question_without_an_answer_is_left_out_and_counted(tmp_path, monkeypatch, capsys, lossless):
@@ -662,9 +677,9 @@ MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject"
     [
         ("--task nope", "--task nope: expected one of boolq"),
         ("--task boolq --json nowhere", "nowhere: cannot be read"),
-        ("--task boolq --json text", "text: line 1: is not JSON"),
+        ("--task boolq --json text", "text: line 1 (an object on each line): is not JSON"),
         ("--task boolq --json empty", "empty: holds no documents"),
-        ("--task boolq --json numbers", "numbers: line 1: is a JSON list, expected a dict"),
+        ("--task boolq --json numbers", "numbers: line 1 (an object on each line): is a JSON list, expected a dict"),
         ("--task boolq --json docs", "docs: document 0 is not of task boolq: KeyError"),
         ("--task mmlu --json mmlu --shots mmlu", "--shots: holds 1 documents of logic, expected 5"),
         ("--task other --json docs --config configs", "--config configs: describes choice, python"),

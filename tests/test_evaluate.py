@@ -592,7 +592,7 @@ def fixed_memory(monkeypatch, **sizes) -> None:
 
 
 def on_gpu(config: LlamaConfig, dtype=torch.bfloat16) -> SimpleNamespace:
-    """What `cut_batches` looks at of a model whose blocks are streamed to a GPU."""
+    """What `make_chunks` looks at of a model whose blocks are streamed to a GPU."""
     weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     blocks = evaluate.Blocks(None, config, weight.device, dtype, False)
     layers = SimpleNamespace(layers=blocks)
@@ -608,16 +608,16 @@ def mmlu(subjects=57, documents=246, past=600, length=100) -> list[evaluate.Part
 
 
 def test_hidden_states_wait_where_there_is_room(monkeypatch):
-    model, batches = on_gpu(PRESETS["llama-2-70b"]), evaluate.cut_rows(mmlu(), 8192)
+    model, batches = on_gpu(PRESETS["llama-2-70b"]), evaluate.make_batches(mmlu(), 8192)
     states = 57 * 246 * 100 * 2 * 8192
     fixed_memory(monkeypatch, cuda=8e9 + states, cpu=1e9)
-    [*chunks], home = evaluate.cut_batches(model, batches)
+    [*chunks], home = evaluate.make_chunks(model, batches)
     assert home.type == "cuda" and len(chunks) == math.ceil(57 * 246 * 100 / evaluate.CHUNK["cuda"])
     fixed_memory(monkeypatch, cuda=8e9, cpu=2.5 * states)
-    more, home = evaluate.cut_batches(model, batches)
+    more, home = evaluate.make_chunks(model, batches)
     assert home.type == "cpu" and more == chunks
     fixed_memory(monkeypatch, cuda=8e9, cpu=1e9)
-    more, home = evaluate.cut_batches(model, batches)
+    more, home = evaluate.make_chunks(model, batches)
     assert home.type == "cuda" and len(more) > len(chunks)
     assert [batch for chunk in more for batch in chunk] == batches
 
@@ -631,7 +631,7 @@ def test_a_block_that_does_not_fit_is_one_line(random_checkpoint, folder, refuse
 
 
 def test_processes_have_neighbouring_batches_and_like_shares():
-    batches = evaluate.cut_rows(mmlu(), 8192)
+    batches = evaluate.make_batches(mmlu(), 8192)
     shares = [evaluate.own_share(batches, rank, 8) for rank in range(8)]
     assert [batch for share in shares for batch in share] == batches
     tokens = [sum(evaluate.padded_tokens(*batch) for batch in share) for share in shares]
@@ -928,16 +928,19 @@ def with_arguments(arguments, **more) -> dict:
         ([AB | {"metrics": ["f1", "em"]}], "is scored by f1, em, which is not computed here"),
         ([AB | {"target": 0.5}], "neither an index nor a text"),
         ([AB | {"target": "[{}]"}], "neither an index nor a text"),
-        ([record(0, "q", ["a"])], "1 choices"),
+        ([record(0, "q", ["a"])], "has 1 continuation, nothing to choose from"),
         ([record(0, "q", ["a", "b"], doc={"choices": ["a", "b", "c"]})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], doc={"choices": {"text": ["a", "b", "c"]}})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], None)], "no gold"),
         ([record(0, "q", ["a", "b"], "[1,")], "not a list"),
         ([record(0, "q", ["a", "b"], "[" * 10**5)], "not a list"),
-        ([record(0, ["q a", "q b"], ["t", "t"], "t")], "`answer`"),
+        (
+            [record(0, ["q a", "q b"], ["t", "t"], "t")],
+            "contexts differ and not what follows, and .* no `answer` of 1 or 2",
+        ),
         ([{"doc": {}}], "line 1 is not a sample"),
         ([AB | {"doc": 5}], "line 1 is not a sample"),
-        ([AB, 7], "line 2: is a JSON int, expected a dict"),
+        ([AB, 7], r"line 2 \(an object on each line\): is a JSON int, expected a dict"),
         ([[1]], "sample 1 is not a sample"),
         ([], "no sample"),
     ],
@@ -951,7 +954,7 @@ def test_a_wrong_samples_file_is_refused(tmp_path, records, words):
     "content, words",
     [
         (b"\xff\xfe{}", "not UTF-8"),
-        (b'\n{"doc"', "line 2: is not JSON"),
+        (b'\n{"doc"', r"line 2 \(an object on each line\): is not JSON"),
         (b"[" * 10**6, "is not JSON"),
         (b'[{"doc": {}},', "is not JSON"),
     ],
@@ -966,7 +969,11 @@ def test_a_file_cut_in_mid_line_is_refused(random_checkpoint, tmp_path):
     path = write(tmp_path / "samples_x.jsonl", made_up())
     path.write_text(path.read_text()[:-30])
     job = start(random_checkpoint, tmp_path / "r.json", "--tasks", path)
-    assert job.wait() == [2] and "line 12: is not JSON" in job.text and len(job.text.splitlines()) == 1
+    assert (
+        job.wait() == [2]
+        and "line 12 (an object on each line): is not JSON" in job.text
+        and len(job.text.splitlines()) == 1
+    )
     assert not (tmp_path / "r.json").exists()
 
 
@@ -1125,4 +1132,4 @@ def test_windows_longer_than_the_models_positions_are_noted_once(random_checkpoi
     for seqlen, times in ((129, 1), (128, 0)):
         flags = ("--ppl", tmp_path / "text.txt", "--seqlen", seqlen)
         said = run(random_checkpoint, tmp_path / f"{seqlen}.json", *flags, processes=2)
-        assert said.count(f"note: --seqlen {seqlen}: is more than the model's 128 positions") == times, said
+        assert said.count("note: --seqlen: 129 tokens are more than the model's 128 positions") == times, said

@@ -134,7 +134,7 @@ def test_5_shot_mmlu_needs_what_the_readme_says():
     for preset in ("llama-7b", "llama-30b", "llama-2-70b"):
         model, c = on_gpu(PRESETS[preset]), PRESETS[preset]
         for length in (100, 1400):
-            batch = evaluate.cut_rows(mmlu(1, 82, length=length), 8192)[0]
+            batch = evaluate.make_batches(mmlu(1, 82, length=length), 8192)[0]
             _, working = evaluate.batch_bytes(c, torch.bfloat16, *batch)
             needs.append(f"{(model.model.layers.nbytes + 2 * c.vocab_size * c.hidden_size + working) / 1e9:.1f}")
         states.append(f"{evaluate.CHUNK['cuda'] * 2 * c.hidden_size / 1e9:.1f}")
@@ -148,7 +148,7 @@ def test_5_shot_mmlu_needs_what_the_readme_says():
 def test_5_shot_mmlu_fits(preset, gigabytes, monkeypatch):
     """By count: all 57 subjects, in bfloat16, hidden states on the GPU too."""
     monkeypatch.setattr(evaluate, "free_memory", lambda device: {"cuda": gigabytes * 10**9, "cpu": 0}[device.type])
-    chunks, home = evaluate.cut_batches(on_gpu(PRESETS[preset]), evaluate.cut_rows(mmlu(), 8192))
+    chunks, home = evaluate.make_chunks(on_gpu(PRESETS[preset]), evaluate.make_batches(mmlu(), 8192))
     assert home.type == "cuda" and len(chunks) == 3
 
 
@@ -280,7 +280,7 @@ def test_with_data_it_says_how_long_the_run_is(tmp_path):
     padding = float(re.search(r"estimated padding +([\d.]+)%", text)[1])
     plan, padded = train.Plan(32, 16, 1, 0), 0
     for step in range(2):
-        padded += train.padded_tokens(train.split_batch(plan[step], np.array(lengths), 160, 1), np.array(lengths))
+        padded += train.padded_tokens(train.split_batch(plan[step], np.array(lengths), 160, 1)[0], lengths)
     assert padding == pytest.approx(100 * (1 - sum(lengths) / padded), abs=0.05)
     rows, T = map(int, re.search(r"up to (\d+) x (\d+) tokens", text).groups())
     assert rows * T <= 160 and T in lengths

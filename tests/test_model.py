@@ -408,6 +408,7 @@ PUBLISHED = {  # from memory of their public form: with the number of parameters
     "SOLAR 10.7B": (published(32000, 4096, 14336, 48, 32, 8, rms_norm_eps=1e-5), 10_731_524_096),
     "Sparse-Llama-3.1 8B 2of4": (published(*B8, **LLAMA_3_1), 8_030_261_248),
     "the same, said to be stored dense": (published(*B8, **LLAMA_3_1, quantization_config=SPARSE), 8_030_261_248),
+    "the same under its older name": (published(*B8, **LLAMA_3_1, compression_config=SPARSE), 8_030_261_248),
     "Sparse-Llama-3.1 8B 2of4 in FP8": (
         published(*B8, **LLAMA_3_1, quantization_config=GROUPS),
         "quantization_config: its weights are stored by 'compressed-tensors'",

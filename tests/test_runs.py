@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.rounding import round_stochastically
+from bench.rounding import MODES, round_stochastically
 from model import PRESETS, Llama
 from train import Plan
 
@@ -341,7 +341,11 @@ def test_ctrl_c_ends_both_chains_of_the_demo_at_once(scripts, number, whom):
     )
     env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     demo = subprocess.Popen(
-        ["sh", "runs/demo.sh"], cwd=scripts, env=env, start_new_session=True, stdout=subprocess.DEVNULL
+        ["env", "--default-signal", "sh", "runs/demo.sh"],  # a shell passes on what `&` or nohup told it to ignore
+        cwd=scripts,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     pruning = scripts.parent / "pruning"
     end = time.monotonic() + 30
@@ -379,3 +383,19 @@ def test_stochastic_rounding_is_right_on_average_and_exact_on_bf16_values():
     assert round_stochastically(exact.float(), 1).equal(exact)
     assert round_stochastically(W, 7).equal(round_stochastically(W, 7))
     assert not round_stochastically(torch.zeros(9, 9), 3).any()
+
+
+def test_layers_that_round_otherwise_train_on_what_they_round():
+    W, x = torch.randn(32, 64).bfloat16(), torch.randn(5, 64).bfloat16()
+    outputs = {}
+    for name, (_, layer_class) in MODES.items():
+        torch.manual_seed(0)
+        layer = layer_class(torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16), r=4)
+        layer.weight.data.copy_(W)
+        layer.beta.data.normal_(std=0.05)
+        outputs[name] = layer(x)
+        W_tilde = layer.effective_weight(W, layer.alpha.detach(), layer.beta.detach())  # the last: of "split"
+    nearest = outputs["bfloat16, nearest"]
+    assert not outputs["bfloat16, stochastic"].equal(nearest)
+    torch.testing.assert_close(outputs["bfloat16, stochastic"], nearest, rtol=0.02, atol=0.2)
+    assert outputs["bfloat16, split"].equal(torch.nn.functional.linear(x, W) + x @ W_tilde.bfloat16().T)

@@ -656,6 +656,31 @@ def test_looking_in_evaluation_mode_changes_no_weight(pruned):
     assert all(w.equal(before[name]) for name, w in pruned.train().state_dict().items())
 
 
+@pytest.mark.parametrize("base", [SPPLinear, MaskedLinear, DynamicLinear, MaskedLoRALinear])
+def test_a_subclass_trains_on_the_weight_that_it_says(base):
+    """Packed too: nothing goes around `effective_weight` and `factor_gradients`."""
+
+    class Twice(base):
+        def effective_weight(self, W, *factors):
+            return 2 * super().effective_weight(W, *factors)
+
+        def factor_gradients(self, G, W, *factors):
+            return super().factor_gradients(2 * G, W, *factors)
+
+    x = torch.randn(3, 16)
+    for packed in (False, True):
+        found = []
+        for kind in (base, Twice):
+            torch.manual_seed(0)
+            layer = kind(sparse_linear(8, 16, density=0.25), r=2)
+            assert not packed or layer.pack(layer.weight.detach())
+            y = layer(x)
+            y.backward(torch.ones_like(y))
+            found.append([y.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(2 * one, two)
+
+
 def test_a_merge_without_the_mask_still_asserts_the_zeros_of_what_is_sparse_anyway(pruned, monkeypatch):
     inject(pruned, "spp", r=4)
     monkeypatch.setattr(SPPLinear, "effective_weight", lambda self, W, alpha, beta: torch.ones_like(W))

@@ -718,9 +718,18 @@ def test_a_command_refuses_damaged_tokenizer_files_in_one_line(with_json, monkey
 
 @pytest.mark.parametrize("command", COMMANDS[:2])  # the third has no model
 def test_a_command_refuses_a_vocabulary_larger_than_the_models_in_one_line(with_json, monkeypatch, capsys, command):
-    (with_json / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 400, "content": "<x>"}]))
+    (with_json / "tokenizer.json").write_bytes(changed(model__vocab__zz=400))
     message = f"{with_json}: its tokenizer has 401 pieces, the model only 400"
     assert message in refusal(with_json, command, monkeypatch, capsys)
+
+
+def test_an_added_token_without_an_embedding_is_refused_only_where_a_text_has_it(with_json):
+    """Many fine-tuned LLaMAs have a <pad> of id 32,000 beside 32,000 embeddings; transformers loads them."""
+    (with_json / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 400, "content": "<pad>"}]))
+    _, tokenizer = model.load(with_json)
+    assert tokenizer.vocab_size == 300 and tokenizer.encode("the cat") == load_tokenizer(changed()).encode("the cat")
+    with pytest.raises(UserError, match="text has '<pad>', token 400; the model knows only 400"):
+        tokenizer.encode("the <pad>")
 
 
 # --- real tokenizers

@@ -92,6 +92,16 @@ def string(record: dict, key: str, where: str) -> str:
     return record[key]
 
 
+def text_of(turn: dict, key: str, where: str) -> str:
+    """A turn's text, which may come in parts: [{"type": "text", "text": ...}, ...]."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return string(turn, key, where)
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        raise UserError(f"{where}: `{key}` has a part that is no text; only text can be learned")
+    return "".join(string(part, "text", where) for part in parts)
+
+
 def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
     """A conversation as (speaker, text): a system message or none, then human, gpt, human, gpt, ..."""
     listed, by, text = next(keys for keys in CONVERSATIONS if keys[0] in record)
@@ -105,11 +115,11 @@ def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
             raise UserError(f"{where}: turn {k} calls a tool; only text can be learned")
         if turn.get("weight", 1) != 1:
             raise UserError(f"{where}: turn {k} has a `weight`, which is not read; leave such records out")
-    turns = [
-        (string(turn, by, f"{where}: turn {k}"), string(turn, text, f"{where}: turn {k}"))
-        for k, turn in enumerate(turns)
-    ]
+    places = [f"{where}: turn {k}" for k in range(len(turns))]
+    turns = [(string(turn, by, at), text_of(turn, text, at)) for turn, at in zip(turns, places, strict=True)]
     first = 1 if turns and SPEAKERS.get(turns[0][0]) == "system" else 0
+    if first and not turns[0][1].strip():  # a template's empty system message says nothing
+        turns, first = turns[1:], 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
         if SPEAKERS.get(speaker) != expected:

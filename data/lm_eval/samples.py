@@ -147,8 +147,8 @@ def read_pairs(arguments: Any, where: str) -> list[tuple[str, str | None]]:
     texts = [pairs[0][0]] if rolling else [text for pair in pairs for text in pair]
     if not all(is_text(text) for text in texts):
         raise UserError(f"{where}: a context or a continuation is not a text")
-    if not rolling and len(pairs) < 2:
-        raise UserError(f"{where}: has {len(pairs)} choices, expected 2 or more")
+    if not rolling and len(pairs) < 2:  # LAMBADA's word
+        raise UserError(f"{where}: has {len(pairs)} continuation, nothing to choose from; expected 2 or more choices")
     return pairs
 
 
@@ -197,7 +197,8 @@ def read_gold(documents: list[Document], places: list[str]) -> None:
         elif len(contexts) > 1 and len(set(choices)) == 1:
             # WinoGrande: contexts differ, `target` is what follows both, and `answer` counts from 1.
             if str(doc.get("answer")) not in ("1", "2"):
-                raise UserError(f"{where}: contexts differ, and its document's `answer` is not 1 or 2")
+                why = "and its document has no `answer` of 1 or 2, as WinoGrande's"
+                raise UserError(f"{where}: contexts differ and not what follows, {why}: which is right is not stated")
             document.gold = {int(doc["answer"]) - 1}
         else:
             by_target.append((document, read_target(document, where)))
