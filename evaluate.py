@@ -433,6 +433,7 @@ def padded_tokens(part: Part, numbers: list[int]) -> int:
 def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
     """The batches of a process: neighbours, so that few processes run the same prefix, and as many tokens as others."""
     ends = list(itertools.accumulate(padded_tokens(*batch) for batch in batches))
+    # A batch goes to the process in whose equal share of the tokens its middle lies.
     middles = [end - padded_tokens(*batch) / 2 for end, batch in zip(ends, batches, strict=True)]
     return [batch for batch, middle in zip(batches, middles, strict=True) if int(middle * world / ends[-1]) == rank]
 

@@ -604,6 +604,16 @@ def common_dtype(ckpt: Checkpoint) -> torch.dtype:
     return dtypes.pop()
 
 
+def from_weights(config: LlamaConfig, weights: dict[str, Tensor]) -> Llama:
+    """A Llama that holds these tensors themselves, whatever their dtype and device."""
+    with torch.device("meta"):
+        model = Llama(config)
+    # Not strict where the head is tied: the one matrix has two names, and comes under either.
+    model.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    return model
+
+
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Llama, Tokenizer | None]:
@@ -613,11 +623,7 @@ def load(
     """
     ckpt, config = open_llama(path)
     dtype = dtype or common_dtype(ckpt)
-    with torch.device("meta"):
-        model = Llama(config)
-    state = {name: cast(w, dtype, name).to(device) for name, w in ckpt.items()}
-    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    model.tie_weights()
+    model = from_weights(config, {name: cast(w, dtype, name).to(device) for name, w in ckpt.items()})
     model.history = ckpt.history
     model.special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
     return model, tokenizer_of(ckpt)

@@ -42,6 +42,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ from model import (
     cli,
     common_dtype,
     cut_into_batches,
+    from_weights,
     join_processes,
     number,
     open_llama,
@@ -236,6 +238,9 @@ def main() -> None:
     if start > 0:
         if state is None:  # rank 0 alone has read the file; the library sends every process its share
             state = {"model": {}, "optimizer": {}}
+        else:  # decay and the like are this command's, whatever the file says
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            state["optimizer"]["param_groups"] = [{**optimizer.param_groups[0], "params": names}]
         scatter = dataclasses.replace(gather, cpu_offload=False, broadcast_from_rank0=world > 1)
         dcp.set_model_state_dict(model, state["model"], options=scatter)
         dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=scatter)
@@ -773,19 +778,20 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
             continue
         if isinstance(state, dict):
             check_version(state.get("version"), path)
-        fits = isinstance(state, dict) and state.get("run") == run and type(state.get("step")) is int
-        fits = fits and state["step"] == step <= steps
-        if not fits or not state_is_whole(state, model):
+        if step > steps or not state_is_whole(state, run, step, model):
             raise UserError(f"--resume: {path} is not a state of this run; remove it to go on from the one before")
         return state
     return None
 
 
-def state_is_whole(state: dict, model: Llama) -> bool:
-    """Whether a state has every tensor that this model learns, and AdamW's moments of each, in their shapes."""
+def state_is_whole(state: Any, run: str, step: int, model: Llama) -> bool:
+    """Whether a state is this run's after this step, with every tensor that the model learns and AdamW's moments of
+    each, in their shapes."""
     expected = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
     learning = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     try:
+        if state["run"] != run or type(state["step"]) is not int or state["step"] != step:
+            return False
         shapes = {name: w.shape for name, w in state["model"].items()}
         for name, shape in shapes.items():
             if name in learning and name.endswith("_proj.weight") and len(shape) == 1:  # survivors: any number of them
@@ -793,12 +799,11 @@ def state_is_whole(state: dict, model: Llama) -> bool:
         moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
-        grouped = [name for group in optimizer["param_groups"] for name in group["params"]]
         losses = all(isinstance(state[key], float) and state[key] == state[key] for key in ("first", "best"))  # no NaN
         tensors = [*state["model"].values(), *(w for kept in optimizer["state"].values() for w in kept.values())]
         plain = all(w.layout == torch.strided and w.dtype in STATE_DTYPES and w.isfinite().all() for w in tensors)
-        return losses and plain and shapes == expected and found == moments and sorted(grouped) == sorted(learning)
-    except (KeyError, TypeError, AttributeError, NotImplementedError):  # edited by hand
+        return losses and plain and shapes == expected and found == moments
+    except (KeyError, IndexError, TypeError, AttributeError, NotImplementedError):  # edited by hand
         return False
 
 
@@ -894,16 +899,12 @@ def validation_loss(
 def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> Llama:
     """A copy of a fully trained model with the weights that are written, in the dtype that --dtype computes in. Its
     memory is less than that of the gradients, which are freed by now."""
-    with torch.device("meta"):
-        copy = Llama(model.config)
     compute = getattr(torch, args.dtype)
     weights = {}
     for name, p in model.named_parameters():
         written = compute if ckpt is None else ckpt.shapes[name].dtype
         weights[name] = cast(p.detach(), written, name).to(compute)
-    copy.load_state_dict(weights, strict=False, assign=True)  # not strict: a tied lm_head is under its other name
-    copy.tie_weights()
-    return copy
+    return from_weights(model.config, weights)
 
 
 def check_finite(step: int, numbers: dict[str, float | None], ckpt: Checkpoint | None) -> None:

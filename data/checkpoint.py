@@ -94,9 +94,10 @@ def read_head(path: str | Path) -> bytes:
     path = checked_file(path)
     with open(path, "rb") as f:
         head = f.read(64)
-    text = head[4:8] != bytes(4)  # a safetensors file begins with a length of 8 bytes, of which the first may be "{"
+    if head[4:8] == bytes(4):  # a safetensors file's: its length in 8 bytes, of which the first may look like "{"
+        return head
     for start, what in FOREIGN.items():
-        if text and head.startswith(start):
+        if head.startswith(start):
             raise UserError(f"{path}: {what}")
     return head
 

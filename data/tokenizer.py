@@ -592,9 +592,12 @@ def compile_cut(where: str, expression: str) -> re.Pattern:
         raise UserError(f"{where}: its pre-tokenizer's expression {expression!r} is broken: {e}") from None
 
 
+UNMOVED = re.compile(f"([{''.join(map(chr, code_points(NOT_COMPOSED)))}])")
+
+
 def compose(text: str) -> str:
     """NFC as tokenizers has it."""
-    parts = re.split(f"([{''.join(map(chr, code_points(NOT_COMPOSED)))}])", text)
+    parts = UNMOVED.split(text)
     return "".join(unicodedata.normalize("NFC", part) for part in parts)
 
 

@@ -637,8 +637,6 @@ def shortened(state):
         without("optimizer", "state", ALPHA, "exp_avg"),
         without("optimizer", "state", ALPHA, "exp_avg_sq"),
         without("optimizer", "state", ALPHA, "step"),
-        without("optimizer", "param_groups"),
-        lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
         without("optimizer"),
         without("model"),
         without("first"),
@@ -661,6 +659,17 @@ def test_a_state_that_is_not_whole_is_refused(world, long, tmp_path, edit):
     edit(state)
     torch.save(state, tmp_path / "run" / "step-000030.pt")
     assert "step-000030.pt" in refusal(world, tmp_path / "run", *LONG, "--resume")
+
+
+@pytest.mark.parametrize("groups", [None, [], [{"params": [ALPHA], "lr": "much", "betas": 7}]], ids=str)
+def test_what_a_state_says_of_rates_and_decay_is_not_looked_at(world, long, tmp_path, groups):
+    shutil.copytree(world / "long", tmp_path / "run")
+    (tmp_path / "run" / "step-000030.pt").unlink()
+    state = torch.load(tmp_path / "run" / "step-000027.pt")
+    state["optimizer"]["param_groups"] = groups
+    torch.save(state, tmp_path / "run" / "step-000027.pt")
+    adapter, log = finished(world, tmp_path / "run", *LONG, "--resume")
+    assert difference(adapter, long[0]) == 0 and log == long[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
