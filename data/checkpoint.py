@@ -29,6 +29,7 @@ import re
 import shutil
 import struct
 import tempfile
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -204,12 +205,37 @@ def write_json(path: str | Path, value: Any) -> None:
         tmp.write_text(json.dumps(value, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def torch_file(path: Path) -> Iterator[Any]:
+    """Yields a file for torch's zip writer. That one writes once more when it is destroyed, and ends the process if it
+    cannot: so after a write that failed the others do nothing, and the OSError is raised here, at the end."""
+    errors = []
+
+    def guarded(method: Callable) -> Callable:
+        def call(*args: Any) -> None:
+            if not errors:
+                try:
+                    method(*args)
+                except OSError as e:
+                    errors.append(e)
+
+        return call
+
+    file = open(path, "wb")  # noqa: SIM115
+    try:
+        methods = {name: guarded(getattr(file, name)) for name in ("write", "seek", "flush")}
+        yield types.SimpleNamespace(**methods, errors=errors)
+    finally:
+        guarded(file.close)()
+        errors.append(None)  # nothing more goes to a file that is closed
+    if errors[0] is not None:
+        raise errors[0]
+
+
 def save_torch(value: Any, path: Path) -> None:
     """torch.save to a name that `atomic` gave. A full disk is an OSError, as everywhere."""
-    try:
-        torch.save(value, path)
-    except RuntimeError as e:  # torch's word for a full disk
-        raise OSError(f"is the disk full? ({str(e).splitlines()[0]:.100})") from None
+    with torch_file(path) as file:
+        torch.save(value, file)
 
 
 def save_npy(array: np.ndarray, path: Path) -> None:
@@ -711,19 +737,19 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Ten
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
     """Yields a function that adds a tensor's bytes to a new PyTorch file. A full disk is an OSError."""
-    try:
-        file = torch._C.PyTorchFileWriter(str(path))
+    with torch_file(path) as file:
+        writer = torch._C.PyTorchFileWriter(file)
 
         def record(name: str, w: Tensor) -> None:
             whole = w
             if w.untyped_storage().nbytes() != w.nbytes:  # a mapped weight's storage is its whole file
                 whole = w.clone()
-            file.write_record(name, whole.untyped_storage(), w.nbytes)
+            writer.write_record(name, whole.untyped_storage(), w.nbytes)
+            if file.errors:  # now, and not after the rest of 140 GB
+                raise file.errors[0]
 
         yield record
-        file.write_end_of_file()
-    except RuntimeError as e:
-        raise OSError(f"is the disk full? ({str(e).splitlines()[0]:.100})") from None
+        writer.write_end_of_file()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

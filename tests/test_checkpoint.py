@@ -1162,13 +1162,12 @@ def test_what_metas_layout_cannot_say_is_refused(tmp_path, key, value):
     assert not (tmp_path / "meta").exists()
 
 
-@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")))
-def test_a_failed_write_leaves_nothing(model, tmp_path, monkeypatch, error):
+def test_a_failed_write_leaves_nothing(model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
-        raise error
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="model.pt: cannot be written: (No space left|is the disk full)"):
+    with pytest.raises(UserError, match="model.pt: cannot be written: No space left"):
         save(model, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
 

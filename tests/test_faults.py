@@ -217,7 +217,7 @@ def sweep(name: str, inputs: Path, tmp: Path, every: int) -> None:
         for k in range(1, n + 1, every):
             check(name, inputs, tmp, expected, fault, k)
     largest = max(len(data) for data in expected.values())
-    sizes = [0, 100, largest // 2, largest - 1] if every < 10 else [largest // 2]
+    sizes = [0, 100, largest // 2, largest - 1] if every < 10 else [100, largest // 2]
     for nbytes in sizes:
         check(name, inputs, tmp, expected, "full", 0, nbytes)
     print(f"{name}: {n} calls, {len(FAULTS) * len(range(1, n + 1, every)) + len(sizes)} faults")
