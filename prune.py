@@ -38,6 +38,7 @@ that is so by itself, their lowest score being 0, but the official SparseGPT's u
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -680,10 +681,11 @@ def finish(
             file.unlink()
         if out.is_dir():
             out.rmdir()  # check_out has found it empty
-        (work / ".lock").unlink()  # still held; before the rename, or a kill between the two would leave it in `out`
         work.rename(out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written: {e.strerror or e}") from None
+    with contextlib.suppress(OSError):  # the result is there
+        (out / ".lock").unlink()  # not before: a folder without it would be taken for nobody's
 
 
 def report_file(out: Path) -> Path:

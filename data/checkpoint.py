@@ -645,7 +645,8 @@ def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Ten
             state, nbytes = torch_state(path, key), 0
         w = state.pop(name)
         nbytes += w.nbytes
-        return w
+        # A tensor keeps its mapping, and so every page that was read through it: a block's norms would keep the block.
+        return w.clone() if w.nbytes < 2**20 else w
 
     return {name: (w.to("meta"), functools.partial(get, name)) for name, w in state.items()}
 

@@ -29,7 +29,7 @@ FAULTS = {"full": errno.ENOSPC, "broken": errno.EIO, "killed": None}
 
 def run_with_fault(line: list[str], folder: str, output: Connection, calls: Path, fault: str, k: int) -> None:
     """What a forked process does: the command, whose k-th file-system call within `folder` fails. Python announces its
-    own calls to audit hooks, which may raise; torch's writer and fsync are counted as they are entered."""
+    own calls to audit hooks, which may raise; fsync and torch's mapping of a file are counted as they are entered."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -54,8 +54,7 @@ def run_with_fault(line: list[str], folder: str, output: Connection, calls: Path
 
         return wrapper
 
-    torch.save, os.fsync = counted(torch.save, RuntimeError), counted(os.fsync, OSError)
-    torch.from_file = counted(torch.from_file, RuntimeError)
+    os.fsync, torch.from_file = counted(os.fsync, OSError), counted(torch.from_file, RuntimeError)
     sys.addaudithook(hook)
     sys.argv = line
     status = 0
@@ -161,7 +160,7 @@ def results(out: Path) -> dict[str, bytes]:
     older = sorted(out.glob("run/step-*.pt"))[:-2]  # one that could not be removed
     for file in sorted({*out.rglob("*")} - {*older}):
         name = str(file.relative_to(out))
-        if file.is_dir() or name.endswith(("config.json", ".lock")) and "run/" in f"{name}/":
+        if file.is_dir() or file.name == ".lock" or (file.name == "config.json" and name.startswith("run/")):
             continue
         data = file.read_bytes()
         if name.endswith("log.jsonl"):
