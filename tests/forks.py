@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forks", "train", "evaluate"])
+FORKS.set_forkserver_preload(["forks", "train", "evaluate", "torch._dynamo"])  # the last: optimizers import it, late
 
 
 def run_script(line: list[str], env: dict[str, str], output: str) -> None:
