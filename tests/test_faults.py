@@ -54,7 +54,7 @@ def run_with_fault(line: list[str], folder: str, output: Connection, calls: Path
 
         return wrapper
 
-    os.fsync = counted(lambda file: None, OSError)  # the machine does not lose its power here, and a disk takes its time
+    os.fsync = counted(lambda file: None, OSError)  # a disk would take its time, and no power is lost here
     torch.from_file = counted(torch.from_file, RuntimeError)
     sys.addaudithook(hook)
     sys.argv = line

@@ -693,9 +693,9 @@ import os, sys
 sys.argv = ["model.py"]
 from model import cli, open_llama
 def main():
-    w = open_llama("{tmp_path}/model.pt")[0]["model.norm.weight"]
+    ckpt, _ = open_llama("{tmp_path}/model.pt")
     os.truncate("{tmp_path}/model.pt", 0)
-    print(w.sum())
+    print(ckpt["model.norm.weight"].sum())
 cli(main)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
