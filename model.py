@@ -262,15 +262,17 @@ class Llama(nn.Module):
         self.history = []
         self.special_tokens = {"bos_token_id": 1, "eos_token_id": 2}  # LLaMA's; `load` has the checkpoint's
         self.activation_checkpointing = False
-        embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        # On the meta device nothing is drawn, or torch would import its compiler to draw nothing: a second.
+        meta = torch.get_default_device().type == "meta"
+        shape = config.vocab_size, config.hidden_size
+        embed = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False) if meta else nn.Embedding(*shape)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # A ModuleDict, and not a module of its own, so that names are Hugging Face's: "model.layers.0.mlp..."
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
-            # On the meta device, where there is nothing to draw, torch would import its compiler for it: a second.
-            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+            if isinstance(module, nn.Linear | nn.Embedding) and not meta:
                 nn.init.normal_(module.weight, std=0.02)  # LLaMA's; it matters to pretraining alone
         self.tie_weights()
 
