@@ -308,22 +308,24 @@ class Blocks(nn.Module):
         self.semi_structured = semi_structured
         with torch.device("meta"):
             block = sum(p.numel() for p in Block(config).parameters()) * dtype.itemsize  # bytes
-        self.stay = block * config.num_hidden_layers <= STAY
-        self.nbytes = block * (config.num_hidden_layers if self.stay else 2)  # of those in memory at the same time
+        self.n_layers = config.num_hidden_layers
+        self.stay = block * self.n_layers <= STAY
+        self.nbytes = block * (self.n_layers if self.stay else 2)  # of those in memory at the same time
         self.kept = []
 
     def __iter__(self) -> Iterator[Block]:
-        if self.kept:
+        if len(self.kept) == self.n_layers:
             yield from self.kept
             return
-        kept = []
-        for i, block in enumerate(self.stream()):
+        self.kept, blocks = [], self.stream()
+        for i in range(self.n_layers):
+            block = next(blocks)
             if self.semi_structured:
                 to_semi_structured(block, f"layers.{i}")
             if self.stay:
-                kept.append(block)
+                self.kept.append(block)
             yield block
-        self.kept = kept
+            del block  # see `stream_blocks`
 
 
 def open_model(
@@ -520,7 +522,9 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
         groups[-1][2].append(embed(model, [part.rows[i] for i in numbers], part.past(), home))
 
     # --- through: a list of blocks in memory, or a stream of them
-    for i, block in enumerate(model.model.layers):
+    blocks = iter(model.model.layers)
+    for i in range(model.config.num_hidden_layers):
+        block = next(blocks)
         for _, prefix, batches in groups:
             shared = []  # the prefix's keys and values in this block
             if prefix:
@@ -529,6 +533,7 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
                 cache = list(shared) or None  # a list of its own, since attention adds the batch's keys and values
                 run_block(block, i, batch, device, cache)
         tick()
+        del block  # so that it is gone while the next is waited for
 
     # --- out
     after = [batch for _, _, batches in groups for batch in batches]

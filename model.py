@@ -645,8 +645,9 @@ def stream_blocks(
     """Yields the blocks of a checkpoint one after the other, from number `start` on. They are the caller's to change:
     what a file is mapped to is this process's own.
 
-    While the caller works with one, a thread reads the next: two are in memory, whatever the model's size. UserError
-    where a weight is too large for the dtype.
+    While the caller works with one, a thread reads the next: two are in memory, whatever the model's size, if the
+    caller lets go of each before it asks for the next; the variable of a `for` statement would not. UserError where a
+    weight is too large for the dtype.
     """
     # On a GPU copies have a stream of their own, or they would wait for the caller's kernels and these for them. It
     # also tells the thread which GPU is this process's: a thread begins with the first.
@@ -681,6 +682,7 @@ def stream_blocks(
             if i + 1 < config.num_hidden_layers:
                 ahead = thread.submit(read, i + 1)
             yield block
+            del block  # before the next is waited for
 
 
 def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -906,6 +908,14 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
         leave_with_parent()
     ctypes.CDLL(None).signal(signal.SIGBUS, end_by_bus_error)
 
+    def leave(status: int | str | None) -> NoReturn:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            sys.exit(status)
+        # Not tidily: torch's threads may abort or hang then, and torchrun would end the others, or wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else int(status is not None))
+
     def tell(line: str) -> None:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         if first_to_speak():
@@ -915,27 +925,31 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
 
     try:
         main()
+    except SystemExit as e:  # --help, or a run that was stopped
+        leave(e.code)
     except UserError as e:
         tell(f"error: {' '.join(str(e).splitlines())}")
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         tell("interrupted")
-        sys.exit(130)
+        leave(130)
     except OSError as e:  # a full disk under the log of a run, for one
         tell(f"error: {e.filename or 'a file'}: {e.strerror or e}")
-        sys.exit(2)
+        leave(2)
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or re.search("Connection (reset|closed) by peer", str(e)):
             tell("another process of this run has ended; what it said, or the system's log, says why")
-            os._exit(1)  # a tidy exit would wait for that process
+            leave(1)
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
         tell(f"error: out of memory ({str(e).splitlines()[0]:.100}); what helps: {out_of_memory}")
-        os._exit(2)  # whichever process it is; a GPU's collectives that are under way would hold up a tidy exit
+        leave(2)
     lost = sys.stdout.error
     if isinstance(lost, OSError) and lost.errno != errno.EPIPE:  # a reader that has left wanted no more
         tell(f"error: standard output could not be written: {lost.strerror}")
-        sys.exit(1)
+        leave(1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        leave(0)
 
 
 def first_to_speak() -> bool:

@@ -605,10 +605,12 @@ def prune_checkpoint(
     tables = rope_tables(config, torch.arange(tokens.shape[1], device=device), x.dtype)
     batch = batch_size(config, tokens, device)
     blocks = stream_blocks(ckpt, config, device, dtype, start)
-    bar = tqdm(blocks, "pruning", config.num_hidden_layers, initial=start, unit="block", disable=None)
-    with ThreadPoolExecutor(1) as thread:
+    n = config.num_hidden_layers
+    bar = tqdm(desc="pruning", total=n, initial=start, unit="block", disable=None)
+    with ThreadPoolExecutor(1) as thread, bar:
         saving = thread.submit(lambda: None)
-        for i, block in enumerate(bar, start):
+        for i in range(start, n):
+            block = next(blocks)
             report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
             # First the block, then the inputs of the next: a run killed in between prunes this block once more.
             with atomic(shard_file(work, i, config)) as tmp:
@@ -616,6 +618,8 @@ def prune_checkpoint(
             saving.result()  # raises what went wrong
             # Gigabytes, which reach the disk while the next block is at work. A copy, since that one overwrites x.
             saving = thread.submit(save_inputs, work, i + 1, x.to("cpu", copy=True), [*report])
+            del block  # so that it is gone while the next is waited for
+            bar.update()
         saving.result()
     finish(work, out, ckpt, config, entry, report, dtype)
     return report
