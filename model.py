@@ -419,7 +419,7 @@ OFF = """attention_bias attention_out_bias mlp_bias qkv_bias use_bias rope_inter
     qk_norm use_qk_norm qk_layernorm attn_temperature_tuning use_parallel_residual"""
 ONE = "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb"
 ZERO = "no_rope_layer_interval num_experts num_local_experts n_routed_experts"
-NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping"
+NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping transformers_weights"
 PLAIN = {
     "hidden_act": ("silu", "swish"),
     "no_rope_layers": ([],),
@@ -1012,7 +1012,7 @@ def main() -> None:
     if args.json and not args.info:
         raise UserError("--json: is for --info")
     if args.out:
-        check_out(args.out, inputs=[args.ckpt])
+        check_out(args.out, inputs=[args.ckpt], model=True)
     ckpt, config = open_llama(args.ckpt)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.out and dtype is None:

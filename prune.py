@@ -64,7 +64,6 @@ from data.checkpoint import (
     open_hf,
     read_json,
     read_npy,
-    safetensors_index,
     save_torch,
     torch_load,
     write_checkpoint,
@@ -594,10 +593,10 @@ def prune_checkpoint(
     # --- where to begin
     state = read_inputs(work, config, tokens)
     if state:
-        start, report = state["block"], state["report"]
+        start, report, digests = state["block"], state["report"], state["digests"]
         x = state["x"].to(device, copy=True)  # a copy: the file is only mapped, and x is overwritten
     else:
-        start, report = 0, []
+        start, report, digests = 0, [], []
         check_dtype(ckpt, dtype)
         x = ckpt["model.embed_tokens.weight"][tokens].to(device, dtype)  # (sequences, T, hidden_size)
 
@@ -615,9 +614,10 @@ def prune_checkpoint(
             # First the block, then the inputs of the next: a run killed in between prunes this block once more.
             with atomic(shard_file(work, i, config)) as tmp:
                 write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
+            digests.append(digest(np.memmap(shard_file(work, i, config), mode="r")))
             saving.result()  # raises what went wrong
             # Gigabytes, which reach the disk while the next block is at work. A copy, since that one overwrites x.
-            saving = thread.submit(save_inputs, work, i + 1, x.to("cpu", copy=True), [*report])
+            saving = thread.submit(save_inputs, work, i + 1, x.to("cpu", copy=True), [*report], [*digests])
             del block  # so that it is gone while the next is waited for
             bar.update()
         saving.result()
@@ -635,9 +635,9 @@ def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
         block, x, report = state["block"], state["x"], state["report"]
         whole = saved[-1].name == f"inputs-{block:05}.pt" and x.shape == (*tokens.shape, config.hidden_size)
         whole = whole and len(report) == sum(map(len, GROUPS.values())) * block
-        for i in range(block):
-            safetensors_index(shard_file(work, i, config))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        pruned = [digest(np.memmap(shard_file(work, i, config), mode="r")) for i in range(block)]
+        whole = whole and pruned == state["digests"]
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, OSError):
         whole = False
     if whole:
         return state
@@ -647,10 +647,10 @@ def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
     return None
 
 
-def save_inputs(work: Path, i: int, x: Tensor, report: list[dict]) -> None:
-    """Block i's inputs, and the report of those before it, in place of the file of the block before."""
+def save_inputs(work: Path, i: int, x: Tensor, report: list[dict], digests: list[str]) -> None:
+    """Block i's inputs, the report of those before it, and digests of their files, in place of the last such file."""
     with atomic(work / f"inputs-{i:05}.pt") as tmp:
-        save_torch({"block": i, "x": x, "report": report}, tmp)
+        save_torch({"block": i, "x": x, "report": report, "digests": digests}, tmp)
     (work / f"inputs-{i - 1:05}.pt").unlink(missing_ok=True)
 
 
@@ -735,7 +735,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sparsity = parse_sparsity(args.sparsity)
-    out = check_out(args.out, inputs=[args.ckpt, args.calib])
+    out = check_out(args.out, inputs=[args.ckpt, args.calib], model=True)
     if out.suffix == ".pt":
         beside = check_out(report_file(out), inputs=[args.ckpt, args.calib])
         if beside.exists() and "kinds" not in read_json(beside, dict):

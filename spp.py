@@ -764,7 +764,7 @@ def main() -> None:
     add("--out", required=True, help="a .pt file, or a new directory in Hugging Face's layout")
     add("--dense", action="store_true", help="LoRA only: do not apply the mask to the merged weight")
     args = parser.parse_args()
-    check_out(args.out, inputs=[args.ckpt, args.adapter])
+    check_out(args.out, inputs=[args.ckpt, args.adapter], model=True)
     ckpt, _ = open_llama(args.ckpt)
     common_dtype(ckpt)  # UserError for weights of several, here too
     write_checkpoint(merge_checkpoint(ckpt, args.adapter, not args.dense), args.out)

@@ -706,9 +706,14 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         raise UserError(f"--out_dir {args.out_dir!r}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir", [path for path in (args.ckpt, args.tokenizer) if path])
     file = out_dir / "config.json"
-    for name in ("config.json", "adapter.pt", "merged.pt", *(path.name for _, path in saved_states(out_dir))):
-        if not args.resume and (out_dir / name).exists():
+    names = ["config.json", "adapter.pt", "merged.pt", "log.jsonl", *(path.name for _, path in saved_states(out_dir))]
+    for name in names:
+        if not (out_dir / name).exists():
+            continue
+        if not args.resume:
             raise UserError(f"--out_dir {out_dir}: holds {name}; --resume continues a run, or name another folder")
+        if not file.exists():  # which a run writes before all else
+            raise UserError(f"--out_dir {out_dir}: holds {name}, and no config.json of a run; name another folder")
     held = lock(out_dir)
     hashes = [read_npy(path).tobytes() for path in sorted(Path(args.data).glob("*.npy"))]
     config = {"version": VERSION, "settings": vars(args), "steps": steps, "base": base, "data": digest(*hashes)}

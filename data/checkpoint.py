@@ -111,7 +111,7 @@ def parse_json(data: bytes | str, source: str | Path, kind: type = object, surro
     """
     try:
         if isinstance(data, bytes):
-            data = data.decode("utf-8")
+            data = data.decode("utf-8-sig")  # without the byte-order mark that some editors put first
         value = json.loads(data)
         if not surrogates and re.search(r"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode()
@@ -140,7 +140,8 @@ def read_utf8(path: str | Path) -> str:
 def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tuple[str, dict]]:
     """The objects of a file with one JSON object a line, each with its place, "FILE: line 3", for messages. UserError
     for a line that is none; blank lines are passed over."""
-    lines = read_utf8(path).split("\n")  # not splitlines, which takes U+2028 for an end of line too
+    text = read_utf8(path).removeprefix("\ufeff")  # the byte-order mark that some editors put first
+    lines = text.split("\n")  # not splitlines, which takes U+2028 for an end of line too
     for i, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}: line {i}"
@@ -282,9 +283,10 @@ def lock_partial(work: Path, others: Iterable[str | Path] = ()) -> TextIO:
     return lock(work)
 
 
-def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = ()) -> Path:
+def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path] = (), model: bool = False) -> Path:
     """Refuses, before any work is done, a path that could not be written after it, or that is one of the command's
-    inputs or in one. Names with .pt, .npy, .json or .jsonl are files, all others new or empty directories.
+    inputs or in one. Names with .pt, .npy, .json or .jsonl are files, all others new or empty directories. model: what
+    goes there is one, a .pt file or a directory.
 
     Returns the path with symbolic links followed: a link to a larger disk is written there, and stays.
     """
@@ -298,6 +300,8 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
         if target == real or real in target.parents:
             what = "is an input" if target == real else f"lies in {real}, an input"
             raise UserError(f"{flag} {path}: would be overwritten, and it {what}")
+    if model and path.suffix in (".json", ".jsonl", ".npy"):
+        raise UserError(f"{flag} {path}: a model is no {path.suffix} file; name a .pt file or a directory")
     if path.suffix in (".safetensors", ".bin", ".pth"):
         raise UserError(
             f"{flag} {path}: a {path.suffix} name is a file of weights alone; name a .pt file or a directory"
@@ -418,7 +422,7 @@ def write_checkpoint(
 ) -> None:
     """Writes a Checkpoint to `path`: a .pt file, or a directory in Hugging Face's layout ("hf", in shards of at most
     max_shard_size bytes where a tensor allows) or Meta's ("meta"). One tensor at a time is in memory."""
-    path = check_out(path)
+    path = check_out(path, model=True)
     shapes = {name: w.to(dtype or w.dtype) for name, w in ckpt.shapes.items()}
     with atomic(path) as tmp:
         if path.suffix == ".pt":

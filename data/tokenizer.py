@@ -64,7 +64,9 @@ def load_tokenizer(source: str | Path | bytes, files: Mapping[str, bytes] | None
         ckpt = open_checkpoint(path)
         if ckpt.tokenizer is None:
             raise UserError(f"{path}: holds no tokenizer")
-        return from_bytes(f"{path}: its ", "tokenizer", ckpt.tokenizer, ckpt.files)
+        stated = {key: ckpt.config.get(key) for key in ("bos_token_id", "eos_token_id", "vocab_size")}
+        files = {**ckpt.files, "config.json": json.dumps(stated, default=str).encode()}
+        return from_bytes(f"{path}: its ", "tokenizer", ckpt.tokenizer, files)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
         if not found:

@@ -231,8 +231,12 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         (b"\xff[]", "is not JSON"),
         (gzip.compress(b"[]", mtime=0), "is not JSON"),
         ('[{"conversations": 5}]', "record 0: `conversations` is not a list of objects"),
-        ('[{"conversations": []}]', "record 0: `conversations` holds no exchange"),
-        ('[{"conversations": [{"from": "system", "value": "s"}]}]', "record 0: `conversations` holds no exchange"),
+        ('[{"conversations": []}]', "record 0: `conversations` is empty"),
+        ('[{"conversations": [{"from": "system", "value": "s"}]}]', "record 0: `conversations` is empty"),
+        ('[{"messages": [{}], "conversations": [{}]}]', "record 0: holds `conversations` and another text to learn"),
+        ('[{"messages": [{}], "instruction": "a"}]', "record 0: holds `messages` and another text to learn"),
+        ('[{"messages": [], "images": ["x.jpg"]}]', "record 0: holds a `images`, which is not read"),
+        ('[{"messages": [{"role": "user", "train": false}]}]', "record 0: turn 0 has a `train`, which is not read"),
         ('[{"conversations": [{"from": "human"}]}]', "record 0: turn 0: `value` is missing, expected a string"),
         ('[{"messages": [{"role": "user", "content": ["a"]}]}]', "record 0: turn 0: `content` has a part that is no"),
         (
@@ -240,16 +244,16 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
             "record 0: turn 0: `content` has a part that is no text",
         ),
         ('[{"messages": [{"role": "user", "content": [{"type": "text"}]}]}]', "record 0: turn 0: `text` is missing"),
-        ('[{"messages": [{"role": "system", "content": ""}]}]', "record 0: `messages` holds no exchange"),
+        ('[{"messages": [{"role": "system", "content": null}]}]', "record 0: `messages` is empty"),
         ('[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "record 0: turn 0: `content`: holds half of a"),
         ('[{"messages": [{"role": "tool", "content": "x"}]}]', "record 0: turn 0 is by 'tool', expected human"),
         ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `turn 1` is empty"),
         (
             '[{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}]',
-            "record 0: turn 0 calls a tool",
+            "record 0: turn 0 has a `tool_calls`",
         ),
-        ('[{"instruction": "a", "output": "b"}]', "1 records, and --val 5 leaves none"),
-        ("[]", "0 records"),
+        ('[{"instruction": "a", "output": "b"}]', "holds 1 records, no more than the 5 that --val holds out"),
+        ("[]", "holds 0 records"),
     ],
 )
 def test_bad_records_are_named(tmp_path, monkeypatch, lossless, content, message):
@@ -337,6 +341,10 @@ def test_an_empty_system_message_is_none_and_a_text_in_parts_is_their_sum():
     other = [{"role": "system", "content": " "}, {"role": "user", "content": parts}, *plain[1:]]
     expected, found = (alpaca.parse(json.dumps([{"messages": m}]).encode(), "x", False) for m in (plain, other))
     assert found == expected and len(found[0]) == 2
+    columns = {"messages": plain, "conversations": None, "instruction": None, "weight": None}  # as a table has them
+    nothing = {"messages": [{"role": "system", "content": None}], "instruction": ""}
+    data = b"\xef\xbb\xbf" + json.dumps([columns, nothing]).encode()  # a byte-order mark first
+    assert alpaca.parse(data, "x", True) == expected
 
 
 def test_a_last_question_without_an_answer_is_left_out_and_counted(tmp_path, monkeypatch, capsys, lossless):

@@ -477,6 +477,7 @@ def test_a_published_model_has_its_number_of_parameters_or_is_refused_for_the_tr
         ("compression_config", None, {"format": "pack-quantized"}),
         ("layer_types", ["full_attention"], ["full_attention", "sliding_attention"]),
         ("clip_qkv", None, 8.0),
+        ("transformers_weights", None, "other.safetensors"),
         ("hidden_act", "swish", "relu"),
     ],
 )

@@ -621,7 +621,14 @@ def pretend(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "harm, file",
-    [(drop, "model-00001"), (cut, "model-00001"), (cut, "inputs"), (flip, "inputs"), (pretend, "inputs")],
+    [
+        (drop, "model-00001"),
+        (cut, "model-00001"),
+        (flip, "model-00001"),
+        (cut, "inputs"),
+        (flip, "inputs"),
+        (pretend, "inputs"),
+    ],
 )
 def test_a_damaged_partial_result_is_made_again(
     random_checkpoint, calib_file, tmp_path, run_here, monkeypatch, harm, file

@@ -723,6 +723,16 @@ def test_a_command_refuses_a_vocabulary_larger_than_the_models_in_one_line(with_
     assert message in refusal(with_json, command, monkeypatch, capsys)
 
 
+def test_a_pt_says_of_bos_and_eos_what_its_directory_says(with_json):
+    (with_json / "tokenizer.json").write_bytes(changed())
+    config = json.loads((with_json / "config.json").read_text())
+    (with_json / "config.json").write_text(json.dumps({**config, "bos_token_id": 4, "eos_token_id": [5, 6]}))
+    model.write_checkpoint(model.open_checkpoint(with_json), with_json.parent / "same.pt")
+    (with_json / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(with_json.parent / "same.pt")
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.embedded) == (4, (5, 6), 400)
+
+
 def test_an_added_token_without_an_embedding_is_refused_only_where_a_text_has_it(with_json):
     """Many fine-tuned LLaMAs have a <pad> of id 32,000 beside 32,000 embeddings; transformers loads them."""
     (with_json / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 400, "content": "<pad>"}]))

@@ -745,6 +745,14 @@ def test_more_processes_than_examples_of_a_batch_are_refused(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name, flags", [("log.jsonl", ()), ("merged.pt", ("--resume",)), ("log.jsonl", ("--resume",))])
+def test_a_file_that_no_run_has_left_is_not_overwritten(world, tmp_path, name, flags):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    assert f"holds {name}" in refusal(world, tmp_path / "run", *flags)
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
 def test_a_second_run_in_the_same_folder_is_refused(world, alone, tmp_path):
     assert "holds config.json" in refusal(world, world / "alone")
     (tmp_path / "step-000100.pt").touch()  # it would count as newer than this run's own

@@ -23,6 +23,7 @@ and so is a last question that has no answer. A file may be one JSON list of rec
     meta.json                             tokenizer, source, counts; written last: with it the folder is whole
 """
 
+import codecs
 import json
 import os
 import shutil
@@ -78,7 +79,9 @@ SPEAKERS = {
 }
 
 # What other programs' records may hold that would change what is learned: refused where it is not empty
-NOT_READ = ("history", "system", "tools", "context", "kto_tag", "chosen", "rejected")
+NOT_READ = ("history", "system", "tools", "functions", "context", "kto_tag", "chosen", "rejected", "weight")
+NOT_READ += ("image", "images", "video", "videos", "audio", "audios")
+NOT_READ_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "images")
 
 Example = tuple[str, str]  # prompt, answer
 
@@ -102,31 +105,43 @@ def text_of(turn: dict, key: str, where: str) -> str:
     return "".join(string(part, "text", where) for part in parts)
 
 
-def turns_of(record: dict, where: str) -> list[tuple[str, str]]:
-    """A conversation as (speaker, text): a system message or none, then human, gpt, human, gpt, ..."""
-    listed, by, text = next(keys for keys in CONVERSATIONS if keys[0] in record)
-    turns = record[listed]
+def conversation_of(record: dict, where: str) -> str | None:
+    """The key of a record's conversation, None where it has none. What is null or empty counts as not there."""
+    listed = [name for name, _, _ in CONVERSATIONS if record.get(name) not in (None, [])]
+    if len(listed) > 1 or (listed and record.get("instruction")):
+        raise UserError(f"{where}: holds `{listed[0]}` and another text to learn; expected one of them")
+    if not listed and record.get("instruction") is None:
+        listed = [name for name, _, _ in CONVERSATIONS if name in record]
+    return listed[0] if listed else None
+
+
+def turns_of(record: dict, listed: str, where: str) -> list[tuple[str, str]]:
+    """A conversation as (speaker, text): a system message or none, then human, gpt, human, gpt, ... No turns at all
+    where there is no exchange."""
+    _, by, text = next(keys for keys in CONVERSATIONS if keys[0] == listed)
+    turns = record[listed] or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where}: `{listed}` is not a list of objects")
     if turns and "role" in turns[0]:  # today's names of the keys, under either name of the list
         _, by, text = CONVERSATIONS[1]
     for k, turn in enumerate(turns):
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise UserError(f"{where}: turn {k} calls a tool; only text can be learned")
-        if turn.get("weight", 1) != 1:
-            raise UserError(f"{where}: turn {k} has a `weight`, which is not read; leave such records out")
+        unread = [key for key in NOT_READ_OF_A_TURN if turn.get(key)]
+        # 1: JSON's true is equal to it
+        unread += [key for key in ("weight", "train") if turn.get(key) not in (None, 1)]
+        if unread:
+            raise UserError(f"{where}: turn {k} has a `{unread[0]}`, which is not read; leave such records out")
     places = [f"{where}: turn {k}" for k in range(len(turns))]
+    if turns and SPEAKERS.get(str(turns[0].get(by))) == "system" and turns[0].get(text) in (None, "", []):
+        turns, places = turns[1:], places[1:]  # a template's empty system message says nothing
     turns = [(string(turn, by, at), text_of(turn, text, at)) for turn, at in zip(turns, places, strict=True)]
     first = 1 if turns and SPEAKERS.get(turns[0][0]) == "system" else 0
-    if first and not turns[0][1].strip():  # a template's empty system message says nothing
+    if first and not turns[0][1].strip():
         turns, first = turns[1:], 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
         if SPEAKERS.get(speaker) != expected:
             raise UserError(f"{where}: turn {first + k} is by {speaker!r:.40}, expected {expected}")
-    if len(turns) == first:
-        raise UserError(f"{where}: `{listed}` holds no exchange")
-    return turns
+    return turns if len(turns) > first else []
 
 
 def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
@@ -153,7 +168,7 @@ def download() -> bytes:
 def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
     """The examples of each record of a file: one, or of a conversation one for each exchange. UserError names the first
     bad record by its index."""
-    if data.lstrip().startswith(b"{"):
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         records = [record for _, record in read_json_lines(name, surrogates=True)]
     else:
         records = parse_json(data, name, list, surrogates=True)
@@ -168,12 +183,15 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
                 f"{where}: holds a `{unread[0]}`, which is not read; expected instruction, input and output, "
                 "or a conversation with its system message as the first turn"
             )
-        if any(key in record for key, _, _ in CONVERSATIONS):
-            turns = turns_of(record, where)
-            examples = exchanges(turns)
-            if not examples:  # a question alone: its answer is as empty as one of no words
+        listed = conversation_of(record, where)
+        if listed:
+            turns = turns_of(record, listed, where)
+            examples = exchanges(turns) if turns else []
+            if turns and not examples:  # a question alone: its answer is as empty as one of no words
                 turns.append(("gpt", ""))
             empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
+            if not turns:
+                empty = listed
             unanswered += not empty and SPEAKERS[turns[-1][0]] == "human"
         else:
             record = {**record, "input": "" if record.get("input") is None else record["input"]}
@@ -307,9 +325,12 @@ def main() -> None:
             raise UserError(f"--val {args.val}: holds no records")
         records = drop_known(records, held_out, "records to train on are held out too")
     elif len(records) < args.val + 1:
+        helps = (
+            f"a smaller --val, such as {len(records) // 10}, or more records" if len(records) > 9 else "more records"
+        )
         raise UserError(
-            f"{args.json or URL}: {len(records)} records, and --val {args.val} leaves none to train on; "
-            f"give --val {max(1, len(records) // 10)} or more records"
+            f"{args.json or URL}: holds {len(records)} records, no more than the {args.val} that --val holds out; "
+            f"give {helps}"
         )
     else:
         held_out, records = records[: args.val], records[args.val :]

@@ -7,6 +7,7 @@ line.
 """
 
 import ast
+import codecs
 import dataclasses
 import math
 import os
@@ -78,7 +79,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
     (until 0.4.2)."""
     # A document may hold half of a surrogate pair where nothing is scored; what is scored, `is_text` looks at.
     data = read_bytes(path)
-    if data.startswith(b"["):
+    if data.removeprefix(codecs.BOM_UTF8).startswith(b"["):
         records = enumerate(parse_json(data, path, list, surrogates=True), 1)
         places = [(f"{path}: sample {i}", record) for i, record in records]
     else:
