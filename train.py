@@ -712,7 +712,7 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
             continue
         if not args.resume:
             raise UserError(f"--out_dir {out_dir}: holds {name}; --resume continues a run, or name another folder")
-        if not file.exists():  # which a run writes before all else
+        if not file.exists() and not name.startswith("step-"):  # config.json comes first; a state says whose it is
             raise UserError(f"--out_dir {out_dir}: holds {name}, and no config.json of a run; name another folder")
     held = lock(out_dir)
     hashes = [read_npy(path).tobytes() for path in sorted(Path(args.data).glob("*.npy"))]

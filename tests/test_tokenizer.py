@@ -480,7 +480,7 @@ def test_a_directory_a_file_a_checkpoint_and_bytes_give_the_same_tokenizer(tmp_p
     (tmp_path / "other.json").write_text("not read")
     folder = load_tokenizer(tmp_path)
     assert folder.data == data and list(folder.files) == ["generation_config.json"]
-    ckpt = types.SimpleNamespace(tokenizer=data, files=folder.files)
+    ckpt = types.SimpleNamespace(tokenizer=data, files=folder.files, config={})
     monkeypatch.setattr(module, "open_checkpoint", lambda path: ckpt)
     others = [load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer("a.pt"), load_tokenizer(data, folder.files)]
     for other in [*others, pickle.loads(pickle.dumps(folder))]:
