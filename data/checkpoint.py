@@ -650,7 +650,7 @@ def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Ten
         w = state.pop(name)
         nbytes += w.nbytes
         # A tensor keeps its mapping, and so every page that was read through it: a block's norms would keep the block.
-        return w.clone() if w.nbytes < 2**20 else w
+        return w.clone() if w.nbytes < 2**16 else w
 
     return {name: (w.to("meta"), functools.partial(get, name)) for name, w in state.items()}
 

@@ -231,7 +231,7 @@ def test_a_weight_costs_12_to_16_bytes_of_memory_traffic():
     small = 8 * (alpha.nbytes + beta.nbytes)  # the factors, and what is learned of them
     forming = bytes_of(spp.form, W, None, alpha, beta, 2.0, True)
     assert forming == pytest.approx(4 * m * n, abs=small)
-    reducing = bytes_of(functools.partial(spp.reduce, sums=True), G, W, None, alpha, beta, 2.0)
+    reducing = bytes_of(functools.partial(spp.reduce, one_kernel=True), G, W, None, alpha, beta, 2.0)
     assert 4 * m * n <= reducing <= 8 * m * n + small
     assert 12 * m * n <= 2 * forming + reducing <= 16 * m * n + 3 * small
 
