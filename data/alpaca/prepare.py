@@ -131,16 +131,14 @@ def turns_of(record: dict, listed: str, where: str) -> list[tuple[str, str]]:
         if unread:
             raise UserError(f"{where}: turn {k} has a `{unread[0]}`, which is not read; leave such records out")
     places = [f"{where}: turn {k}" for k in range(len(turns))]
-    if turns and SPEAKERS.get(str(turns[0].get(by))) == "system" and turns[0].get(text) in (None, "", []):
+    if turns and SPEAKERS.get(str(turns[0].get(by))) == "system" and not str(turns[0].get(text) or "").strip():
         turns, places = turns[1:], places[1:]  # a template's empty system message says nothing
     turns = [(string(turn, by, at), text_of(turn, text, at)) for turn, at in zip(turns, places, strict=True)]
     first = 1 if turns and SPEAKERS.get(turns[0][0]) == "system" else 0
-    if first and not turns[0][1].strip():
-        turns, first = turns[1:], 0
     for k, (speaker, _) in enumerate(turns[first:]):
         expected = ("human", "gpt")[k % 2]
         if SPEAKERS.get(speaker) != expected:
-            raise UserError(f"{where}: turn {first + k} is by {speaker!r:.40}, expected {expected}")
+            raise UserError(f"{places[first + k]} is by {speaker!r:.40}, expected {expected}")
     return turns if len(turns) > first else []
 
 
@@ -186,12 +184,12 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
         listed = conversation_of(record, where)
         if listed:
             turns = turns_of(record, listed, where)
-            examples = exchanges(turns) if turns else []
-            if turns and not examples:  # a question alone: its answer is as empty as one of no words
-                turns.append(("gpt", ""))
-            empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
-            if not turns:
-                empty = listed
+            examples, empty = [], listed
+            if turns:
+                examples = exchanges(turns)
+                if not examples:  # a question alone: its answer is as empty as one of no words
+                    turns.append(("gpt", ""))
+                empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
             unanswered += not empty and SPEAKERS[turns[-1][0]] == "human"
         else:
             record = {**record, "input": "" if record.get("input") is None else record["input"]}
