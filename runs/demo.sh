@@ -24,6 +24,12 @@ if [ "$2" != group ]; then
     exit
 fi
 
+mkdir -p out
+exec 9> out/.demo.lock # and every command below holds it too, until all have ended
+if ! flock -n 9; then
+    echo "$0: error: another demo is at work in out/" >&2
+    exit 1
+fi
 export OMP_NUM_THREADS=1 # threads of one process wait for each other: two processes use two cores better
 run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
@@ -33,9 +39,9 @@ fresh() {
         echo "$0: error: $1 is there, and no demo made it: move it out of the way" >&2
         exit 1
     fi
-    rm -rf "$1"
     mkdir -p "$1"
     touch "$1/made_by_demo"
+    (cd "$1" && rm -rf world calib.npy alpaca dense wanda_* sparsegpt* results_* recovered.*)
 }
 
 # world SEED: a world, and a small LLaMA that knows it; what it is pruned with and fine-tuned on

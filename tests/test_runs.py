@@ -1,6 +1,7 @@
 """runs/: every command of the paper's scripts is a real one, their figures follow from their assumptions, and no name
 and no signal makes a script lose a file or leave a process."""
 
+import fcntl
 import json
 import os
 import re
@@ -292,8 +293,10 @@ def test_the_demo_replaces_what_a_demo_made_and_nothing_else(scripts):
     first = stubbed(scripts, "runs/demo.sh")
     assert first.returncode == 0, first.stderr
     old = scripts / "out" / "demo" / "results_old.json"
+    mine = scripts / "out" / "demo" / "mine.txt"
     old.touch()
-    assert stubbed(scripts, "runs/demo.sh").stdout == first.stdout and not old.exists()
+    mine.touch()
+    assert stubbed(scripts, "runs/demo.sh").stdout == first.stdout and not old.exists() and mine.exists()
     (scripts / "out" / "demo" / "made_by_demo").unlink()
     old.touch()
     done = stubbed(scripts, "runs/demo.sh")
@@ -303,6 +306,14 @@ def test_the_demo_replaces_what_a_demo_made_and_nothing_else(scripts):
         and "out/demo is there, and no demo made it" in done.stderr
     )
     assert old.exists()
+
+
+def test_two_demos_at_the_same_time_are_one(scripts):
+    assert stubbed(scripts, "runs/demo.sh").returncode == 0
+    with open(scripts / "out" / ".demo.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = stubbed(scripts, "runs/demo.sh")
+    assert done.returncode == 1 and not done.stdout and "another demo is at work in out/" in done.stderr
 
 
 def test_the_demo_takes_no_other_word(scripts):
