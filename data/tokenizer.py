@@ -229,6 +229,12 @@ def flatten(component: dict | None, children: str) -> list[dict]:
 # sentencepiece
 
 
+def check_prefix(where: str, settings: dict[str, dict]) -> None:
+    """UserError where no space is to come before a text, which here one always does."""
+    if settings.get("tokenizer_config.json", {}).get("add_prefix_space") is False:
+        raise UserError(f"{where}: tokenizer_config.json says add_prefix_space false, which is not known here")
+
+
 class SentencePiece(Tokenizer):
     """A tokenizer.model of LLaMA or LLaMA-2, run by the sentencepiece library between special tokens.
 
@@ -246,6 +252,7 @@ class SentencePiece(Tokenizer):
             pieces = [self.spaced.id_to_piece(id) for id in range(self.spaced.vocab_size())]
         except (RuntimeError, UnicodeDecodeError):  # the latter where a piece is damaged
             raise UserError(f"{where}: is not a sentencepiece model") from None
+        check_prefix(where, settings)
         self.legacy = settings.get("tokenizer_config.json", {}).get("legacy") is True
         marks = [i for i in range(len(pieces)) if self.spaced.is_control(i) or self.spaced.is_unknown(i)]
         itself = {"added_tokens": [{"id": i, "content": pieces[i]} for i in marks]}
@@ -299,10 +306,11 @@ class BPE(Tokenizer):
         self.ignore_merges = bool(parsed["model"].get("ignore_merges"))
         self.cache = {}
         super().__init__(where, settings, vocab)
-        self.read_cutting(where, parsed)
+        self.read_cutting(where, settings)
 
-    def read_cutting(self, where: str, parsed: dict) -> None:
+    def read_cutting(self, where: str, settings: dict[str, dict]) -> None:
         """Sets what `words` goes by, from tokenizer.json's normalizer and pre-tokenizer."""
+        parsed = settings["tokenizer.json"]
         normalizers = flatten(parsed.get("normalizer"), "normalizers")
         self.nfc = normalizers == [{"type": "NFC"}]
         if normalizers and not self.nfc:
@@ -383,8 +391,9 @@ class CharBPE(BPE):
     """A sentencepiece model as a tokenizer.json, for a directory without tokenizer.model: "▁" in place of spaces and
     before a text, merges of characters, and for a character without a token those of its bytes, such as "<0xE2>"."""
 
-    def read_cutting(self, where: str, parsed: dict) -> None:
+    def read_cutting(self, where: str, settings: dict[str, dict]) -> None:
         """Sets prepend: before which texts a "▁" comes; twice: before those that begin with one, too; and cuts."""
+        parsed = settings["tokenizer.json"]
         steps = flatten(parsed.get("normalizer"), "normalizers")
         steps += flatten(parsed.get("pre_tokenizer"), "pretokenizers")
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -396,6 +405,11 @@ class CharBPE(BPE):
                 self.prepend, self.twice = "always", True
             case _:
                 raise UserError(f"{where}: has byte_fallback, and {json.dumps(steps)}, which is not known here")
+        check_prefix(where, settings)
+        config = settings.get("tokenizer_config.json", {})
+        if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and self.prepend == "always":
+            # of which transformers takes no more than the vocabulary and the merges from tokenizer.json
+            self.prepend, self.twice = "always" if config.get("legacy") is True else "first", False
         if self.twice and any(token.get("normalized") for token in parsed.get("added_tokens") or []):
             raise UserError(f"{where}: has an added token that is normalized, which is not known here")
         # Where no token has a space after another character, no merge reaches over a cut there, and the cache can work.

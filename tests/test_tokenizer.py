@@ -415,10 +415,11 @@ def test_real_sentencepiece_models_as_json_on_5000_random_strings(name, form):
 
 
 @needs_shared
-@pytest.mark.parametrize("legacy", [True, False])
-def test_llamas_special_tokens_are_found_as_transformers_finds_them(tmp_path, legacy):
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("model", [("tokenizer.model",), ()], ids=["tokenizer.model", "tokenizer.json alone"])
+def test_llamas_special_tokens_are_found_as_transformers_finds_them(tmp_path, legacy, model):
     transformers = pytest.importorskip("transformers")
-    for name in ("tokenizer.json", "tokenizer.model", "config.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "config.json", "tokenizer_config.json", *model):
         (tmp_path / name).write_bytes((SHARED / "lm_eval" / "tiny_llama" / name).read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": legacy}))
@@ -427,10 +428,19 @@ def test_llamas_special_tokens_are_found_as_transformers_finds_them(tmp_path, le
     assert tokenizer.encode(fish)[0] == 1
     tokens = ["<s>", "</s>", "<unk>", "<s>\n"]
     texts = [fish, "a<s>b</s>", "<unk>x", "<s> <s>", *HARD, *random_strings(400, 5, tokens)]
-    # transformers drops the space that begins a text, and takes "▁" for a space; we leave both to sentencepiece
-    between = tokenizer.special_pattern.split
-    texts = [t for t in texts if not any(part.startswith((" ", "▁")) for part in (between(t) if legacy else [t]))]
+    if model:
+        # transformers drops the space that begins a text, and takes "▁" for a space; we leave both to sentencepiece
+        between = tokenizer.special_pattern.split
+        texts = [t for t in texts if not any(part.startswith((" ", "▁")) for part in (between(t) if legacy else [t]))]
     assert mismatches(tokenizer, lambda text: reference.encode(text, add_special_tokens=False), texts) == []
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ("tokenizer.model", "tokenizer.json"))
+def test_a_tokenizer_that_puts_no_space_before_a_text_is_refused(name):
+    files = {"tokenizer_config.json": b'{"add_prefix_space": false}'}
+    with pytest.raises(UserError, match="tokenizer_config.json says add_prefix_space false"):
+        load_tokenizer((SHARED / "lm_eval" / "tiny_llama" / name).read_bytes(), files)
 
 
 # --- what a model's files say
