@@ -22,6 +22,7 @@ from data.alpaca import prepare as alpaca
 from data.c4 import prepare as c4
 from data.checkpoint import VERSION, UserError, digest, lock
 from data.lm_eval import prepare as lm_eval
+from data.lm_eval.samples import read_task
 from data.tiny import prepare as tiny
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, save
@@ -222,6 +223,9 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"instruction": "a", "input": 5, "output": "b"}]', "record 0: `input` is int"),
         ('[{"instruction": "a", "output": "b", "history": [["c", "d"]]}]', "record 0: holds a `history`, which is not"),
         ('[{"conversations": [], "system": "Be rude."}]', "record 0: holds a `system`, which is not read"),
+        ('[{"conversations": [], "system_prompt": "Be rude."}]', "record 0: holds a `system_prompt`, which is not"),
+        ('[{"messages": [{"role": "user", "content": "x", "loss": false}]}]', "record 0: turn 0 has a `loss`"),
+        ('[{"messages": [{"role": "user", "content": "x", "thinking": "y"}]}]', "record 0: turn 0 has a `thinking`"),
         ('[{"instruction": "a", "output": "b", "kto_tag": false}]', "record 0: holds a `kto_tag`, which is not read"),
         ('[{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}]', "record 0: turn 0 has a `weight`"),
         ('[{"instruction": " ", "output": "b"}]', "record 0: `instruction` is empty"),
@@ -291,6 +295,16 @@ def test_records_that_are_trained_on_are_not_held_out(tmp_path, monkeypatch, cap
     dropped = held_out - len(val)
     assert 0 < dropped < held_out
     assert f"{dropped} of {held_out} held-out records are trained on too: left out" in capsys.readouterr().out
+
+
+def test_records_that_the_cut_makes_equal_are_not_held_out(tmp_path, monkeypatch, capsys, lossless):
+    """One long passage before different questions: with --max_len the same tokens."""
+    records = [{"instruction": 60 * "a long passage " + f"and question {i}", "output": "x"} for i in range(20)]
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    argv = ("--tokenizer", lossless, "--json", tmp_path / "long.json", "--val", 5, "--max_len", 100)
+    call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
+    assert "5 of 5 held-out examples are trained on too, once cut" in capsys.readouterr().out
+    assert len(np.load(tmp_path / "out" / "val.offsets.npy")) == 1
 
 
 def test_a_validation_file_of_ones_own(tmp_path, monkeypatch, lossless, records_file):
@@ -601,7 +615,7 @@ def test_tasks_are_rendered_as_lm_eval_does(tmp_path, monkeypatch, task, with_co
     call(lm_eval, monkeypatch, *argv)
     ours = [json.loads(x) for x in (tmp_path / f"samples_{task}.jsonl").read_text().splitlines()]
     assert [r["arguments"] for r in ours] == [r["arguments"] for r in theirs]
-    assert [r["target"] for r in ours] == [r["target"] for r in theirs]
+    assert [str(r["target"]) for r in ours] == [r["target"] for r in theirs]
 
 
 @needs_shared
@@ -672,6 +686,12 @@ CONFIGS = {
         **TEMPLATE,
         "process_results": "def process_results_mc2(doc, results): ...",
     },
+    "partial": {
+        "output_type": "multiple_choice",
+        **TEMPLATE,
+        "process_docs": "functools.partial(<function process_docs at 0x7f>, category='Business')",
+    },
+    "no_list": {"output_type": "multiple_choice", **TEMPLATE, "doc_to_text": "question", "doc_to_choice": "a b"},
     "delimiter": {"output_type": "multiple_choice", **TEMPLATE, "target_delimiter": "->"},
     "metrics": {"output_type": "multiple_choice", **TEMPLATE, "metric_list": ["acc"]},
     "prefix": {"output_type": "multiple_choice", **TEMPLATE, "gen_prefix": "So:"},
@@ -703,6 +723,8 @@ MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject"
         ("--task generates --json docs --config configs", "generates: only zero-shot multiple-choice"),
         ("--task few_shot --json docs --config configs", "few_shot: only zero-shot multiple-choice"),
         ("--task mc2 --json docs --config configs", "mc2: process_results is Python code"),
+        ("--task partial --json docs --config configs", "partial: process_docs is Python code"),
+        ("--task no_list --json docs --config configs", "document 0 is not of task no_list: SyntaxError"),
         (
             "--task delimiter --json docs --config configs",
             "delimiter: its target_delimiter is '->', expected white space",
@@ -736,6 +758,33 @@ def test_a_task_keeps_its_delimiter_and_its_metrics(tmp_path, monkeypatch, capsy
     assert [a["arg_1"] for a in sample["arguments"].values()] == ["\na", "\nb"]
     assert sample["metrics"] == ["acc", "f1"]
     assert "acc_mutual_info is left out" in capsys.readouterr().out
+
+
+STARS = {"doc_to_text": "{{review}}:", "doc_to_choice": ["1", "2", "3", "4", "5"], "doc_to_target": "stars"}
+
+
+@pytest.mark.parametrize(
+    "changes, choices, gold",
+    [
+        ({}, ["1", "2", "3", "4", "5"], {0}),  # a text column: the choice "1", not the second choice
+        ({"doc_to_target": "{{stars}}"}, ["1", "2", "3", "4", "5"], {1}),  # digits of a template are an index
+        ({"doc_to_target": "{{a}}"}, ["1", "2", "3", "4", "5"], {-100}),  # no choice: never right
+        ({"doc_to_choice": {"0": "no", "1": "yes"}, "doc_to_target": "label"}, ["no", "yes"], {1}),
+        ({"doc_to_choice": "('{{a}}', '{{b}}')", "doc_to_target": 1}, ["x", "y"], {1}),
+        ({"doc_to_choice": "{{[a, b]}}", "doc_to_target": "{{[0, 1]}}"}, ["x", "y"], {0, 1}),
+        ({"doc_to_choice": [" 1", " no"], "doc_to_target": 0, "target_delimiter": ""}, [" 1", " no"], {0}),
+    ],
+)
+def test_choices_and_targets_of_a_config_are_lm_evals(tmp_path, monkeypatch, changes, choices, gold):
+    config = {"output_type": "multiple_choice", "description": "About {{subject}}.\n", **STARS, **changes}
+    (tmp_path / "configs.json").write_text(json.dumps({"configs": {"mine": config}}))
+    doc = {"review": "r", "stars": "1", "label": 1, "a": "x", "b": "y", "subject": "law", "self": "s"}
+    (tmp_path / "docs.jsonl").write_text((json.dumps(doc) + "\n") * 2)
+    argv = ("--task", "mine", "--json", tmp_path / "docs.jsonl", "--config", tmp_path / "configs.json")
+    call(lm_eval, monkeypatch, *argv, "--out", tmp_path)
+    _, documents = read_task(tmp_path / "samples_mine.jsonl")
+    assert documents[0].choices == choices and documents[1].gold == gold
+    assert documents[0].pairs[0][0] == "About law.\nr:"
 
 
 @pytest.mark.parametrize(
@@ -803,6 +852,13 @@ def test_a_seed_makes_one_tiny_world(world, tmp_path, monkeypatch):
         call(tiny, monkeypatch, *SMALL, "--seed", seed, "--out", out)
         for name in ("text.txt", "alpaca.json", "samples_people.jsonl", "train.npy"):
             assert ((out / name).read_bytes() == (world / name).read_bytes()) is same
+
+
+def test_a_world_overwrites_no_model_of_somebody_else(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"mine")
+    said = refusal(tiny, monkeypatch, "--out", tmp_path)
+    assert "holds a tokenizer.model that no prepare.py of this version wrote" in said
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

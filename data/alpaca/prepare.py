@@ -79,9 +79,9 @@ SPEAKERS = {
 }
 
 # What other programs' records may hold that would change what is learned: refused where it is not empty
-NOT_READ = ("history", "system", "tools", "functions", "context", "kto_tag", "chosen", "rejected", "weight")
-NOT_READ += ("image", "images", "video", "videos", "audio", "audios")
-NOT_READ_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "images")
+NOT_READ = ("history", "system", "system_prompt", "tools", "functions", "context", "kto_tag", "chosen", "rejected")
+NOT_READ += ("weight", "image", "images", "video", "videos", "audio", "audios")
+NOT_READ_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
 
 Example = tuple[str, str]  # prompt, answer
 
@@ -127,7 +127,7 @@ def turns_of(record: dict, listed: str, where: str) -> list[tuple[str, str]]:
     for k, turn in enumerate(turns):
         unread = [key for key in NOT_READ_OF_A_TURN if turn.get(key)]
         # 1: JSON's true is equal to it
-        unread += [key for key in ("weight", "train") if turn.get(key) not in (None, 1)]
+        unread += [key for key in ("weight", "train", "loss") if turn.get(key) not in (None, 1)]
         if unread:
             raise UserError(f"{where}: turn {k} has a `{unread[0]}`, which is not read; leave such records out")
     places = [f"{where}: turn {k}" for k in range(len(turns))]
@@ -243,15 +243,28 @@ def drop_known(records: list[list[Example]], others: list[list[Example]], what: 
     return kept
 
 
+def drop_same(examples: list[tuple[list[int], int]], others: list[tuple[list[int], int]]) -> list:
+    """Without those of others' tokens: records that differ only at their ends are the same once they are cut."""
+    known = {tuple(tokens) for tokens, _ in others}
+    kept = [example for example in examples if tuple(example[0]) not in known]
+    if len(kept) < len(examples):
+        print(
+            f"{len(examples) - len(kept)} of {len(examples)} held-out examples are trained on too, once cut: left out"
+        )
+    return kept
+
+
 SUFFIXES = ("", ".offsets", ".prompt")
 
 
-def check_folder(out: str) -> Path:
-    """Refuses an --out that could not be written later, or that holds someone else's files under our names."""
+def check_folder(out: str, more: tuple[str, ...] = ()) -> Path:
+    """Refuses an --out that could not be written later, or that holds someone else's files under our names; more: those
+    of another prepare.py beside the folder's own."""
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {out}: is a file, expected a folder")
-    names = ["meta.json", ".tmp", *(f"{split}{suffix}.npy" for split in ("train", "val") for suffix in SUFFIXES)]
+    names = [f"{split}{suffix}.npy" for split in ("train", "val") for suffix in SUFFIXES]
+    names = ["meta.json", ".tmp", *names, *more]
     theirs = [name for name in names if (path / name).exists()]
     if theirs and not (path / ".lock").exists():  # which every prepare.py leaves, however it ended
         raise UserError(f"--out {out}: holds a {theirs[0]} that no prepare.py of this version wrote")
@@ -336,11 +349,12 @@ def main() -> None:
     if not records:
         raise UserError(f"{args.json or URL}: has no record that is not held out, and so none to train on")
     splits = {"train": encode(records, tokenizer, args.max_len), "val": encode(held_out, tokenizer, args.max_len)}
+    lost = sum(len(record) for record in records + held_out) - sum(map(len, splits.values()))
+    splits["val"] = drop_same(splits["val"], splits["train"])
     write_folder(out, splits, tokenizer, meta)
     examples = splits["train"] + splits["val"]
     tokens = sum(len(t) for t, _ in splits["train"])
     cut = sum(t[-1] != tokenizer.eos[0] for t, _ in examples)
-    lost = sum(len(record) for record in records + held_out) - len(examples)
     print(
         f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {len(splits['val'])} held out"
     )

@@ -144,7 +144,7 @@ def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = lambda text, pattern, new: re.sub(pattern, new, text)
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "process_docs", "process_results"):
-        if str(config.get(key) or "").startswith(("def ", "<function")):
+        if str(config.get(key) or "").startswith(("def ", "<function", "functools.partial")):
             raise UserError(f"--config: {task}: {key} is Python code, not a template; let lm-eval write its samples")
     if config.get("output_type") != "multiple_choice" or config.get("num_fewshot"):
         raise UserError(f"--config: {task}: only zero-shot multiple-choice tasks can be rendered")
@@ -152,20 +152,31 @@ def from_config(config: dict, task: str) -> Callable[[dict], Rendered]:
         if config.get(key):
             raise UserError(f"--config: {task}: {key} is {config[key]!r:.40}, which is not rendered here")
 
-    def value(template: Any, doc: dict) -> Any:
-        if not isinstance(template, str):
-            return template
-        if template in doc:
-            return doc[template]
-        text = environment.from_string(template).render(**doc)
-        try:
-            return ast.literal_eval(text) if text.startswith("[") else text
-        except (ValueError, SyntaxError):
-            return text
+    def text(template: str, doc: dict) -> str:
+        return environment.from_string(template).render(doc)
+
+    def choices(doc: dict) -> list[str]:
+        listed = config["doc_to_choice"]
+        if isinstance(listed, str):
+            listed = doc[listed] if listed in doc else ast.literal_eval(text(listed, doc))
+        return [*listed.values()] if isinstance(listed, dict) else [*listed]
+
+    def target(doc: dict, of: list[str]) -> Any:
+        """As indices, so that a number which is a text is none."""
+        x = config["doc_to_target"]
+        if isinstance(x, str) and x in doc:
+            x = doc[x]
+        elif isinstance(x, str):
+            x = text(x, doc)
+            x = ast.literal_eval(x) if x.isdigit() or x.startswith("[") else x
+        index = lambda x: (of.index(x) if x in of else -100) if isinstance(x, str) else int(x)
+        return [index(one) for one in x] if isinstance(x, list) else index(x)
 
     def render(doc: dict) -> Rendered:
-        context = config.get("description", "") + value(config["doc_to_text"], doc)
-        return context, value(config["doc_to_choice"], doc), value(config["doc_to_target"], doc)
+        template = config["doc_to_text"]
+        context = doc[template] if template in doc else text(template, doc)
+        of = choices(doc)
+        return text(config.get("description") or "", doc) + context, of, target(doc, of)
 
     return lambda doc: bounded(render, doc)
 
@@ -211,8 +222,8 @@ def line(i: int, doc: dict, rendered: Rendered, delimiter: str, metrics: list[st
     contexts = contexts if isinstance(contexts, list) else [contexts] * len(choices)
     pairs = zip(contexts, choices, strict=True)
     arguments = {f"gen_args_{k}": {"arg_0": c, "arg_1": f"{delimiter}{text}"} for k, (c, text) in enumerate(pairs)}
-    sample = {"doc_id": i, "doc": doc, "target": str(target), "arguments": arguments}
-    sample.update(resps=[], filtered_resps=[], filter="none", metrics=metrics)
+    sample = {"doc_id": i, "doc": doc, "target": target, "arguments": arguments}
+    sample.update(resps=[], filtered_resps=[], filter="none", metrics=metrics, target_delimiter=delimiter)
     return (json.dumps(sample, ensure_ascii=False) + "\n").encode()  # an error for half of a surrogate pair
 
 
@@ -267,11 +278,13 @@ def main() -> None:
                 if not re.fullmatch(NAME, doc["subject"]):
                     raise UserError(f"{args.json}: document {i}: its subject {doc['subject']!r:.80} cannot name a file")
                 context, choices, answer = render(doc)
-                rendered = mmlu_shots(doc["subject"], shots) + context, choices, answer
+                rendered = mmlu_shots(doc["subject"], shots) + context, choices, str(answer)
                 lines = tasks.setdefault(f"mmlu_{doc['subject']}", [])
                 lines.append(line(len(lines), doc, rendered, delimiter, metrics))
             else:
-                tasks.setdefault(args.task, []).append(line(i, doc, render(doc), delimiter, metrics))
+                context, choices, answer = render(doc)
+                rendered = context, choices, answer if args.config else str(answer)
+                tasks.setdefault(args.task, []).append(line(i, doc, rendered, delimiter, metrics))
         except UserError:
             raise
         except Exception as e:  # whatever a template or a renderer does not find

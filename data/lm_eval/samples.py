@@ -111,7 +111,9 @@ def read_document(record: dict, where: str) -> Document:
     `where`, for what cannot be scored."""
     pairs, doc = read_pairs(record["arguments"], where), record["doc"]
     if pairs[0][1] is None:
-        page = doc.get("page", pairs[0][0])
+        page = pairs[0][0]
+        if doc.keys() == {"page"}:  # wikitext's, of which a cleaned form is scored
+            page = doc["page"]
         if not is_text(page):
             raise UserError(f"{where}: its `page` is not a text")
         return Document(record, pairs, rolling=True, page=page)
@@ -124,7 +126,7 @@ def read_document(record: dict, where: str) -> Document:
     listed = doc.get("choices")  # where data sets keep them: a list, or {"text": [...], "label": [...]}
     if isinstance(listed, dict):
         listed = listed.get("text")
-    if isinstance(listed, list) and len(listed) > n:
+    if isinstance(listed, list) and sum(choice is not None for choice in listed) > n:
         raise UserError(f"{where}: has {n} choices, its document {len(listed)}: a choice was lost")
     # Without the second half of acc_mutual_info, which some versions write without the delimiter
     return Document(record, pairs, mutual_info=mutual_info, choices=[continuation for _, continuation in pairs[:n]])
@@ -159,9 +161,13 @@ def is_text(x: Any) -> bool:
 
 
 def strip_delimiter(documents: list[Document]) -> None:
-    """Takes the delimiter from a task's choices: the white space that all of them begin with."""
+    """Takes the delimiter from a task's choices: the white space that all of them begin with, no more of it than the
+    record states, as prepare.py's does."""
     texts = [choice for document in documents for choice in document.choices]
     n = len(os.path.commonprefix([text[: len(text) - len(text.lstrip())] for text in texts]))
+    stated = documents[0].record.get("target_delimiter")
+    if isinstance(stated, str):
+        n = min(n, len(stated))
     for document in documents:
         document.choices = [choice[n:] for choice in document.choices]
 
@@ -232,7 +238,8 @@ def read_target(document: Document, where: str) -> str | int | list:
         try:
             target = ast.literal_eval(target)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it may raise
-            raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
+            if not re.search(r"[^\W\d_]", target):  # with a letter it is a text that begins so
+                raise UserError(f"{where}: target {target[:80]!r} is not a list") from None
     if not all(isinstance(x, str | int) for x in (target if isinstance(target, list) else [target])):
         raise UserError(f"{where}: target {str(target)[:80]!r} is neither an index nor a text, nor a list of them")
     return target
@@ -282,10 +289,21 @@ def document_metrics(document: Document, scores: list[Score]) -> dict[str, float
     return {metric: float(chosen[metric] in document.gold) for metric in document.metrics}
 
 
+def n_words(page: str) -> int:
+    """How many words lm-eval counts."""
+    return len(re.split(r"\s+", page))
+
+
 def check_logged(document: Document, where: str) -> None:
     """UserError where a document's logged metrics do not follow from the scores logged with it: then the task is scored
     by a rule of its own, or its right choices are others than those read here."""
     record = document.record
+    if document.rolling:
+        counts = {"word_perplexity": n_words(document.page), "byte_perplexity": len(document.page.encode())}
+        for metric, n in counts.items():
+            logged = record.get(metric)
+            if isinstance(logged, list) and len(logged) == 2 and logged[1] != n:
+                raise UserError(f"{where}: {metric} was logged over {logged[1]}, and its text has {n}")
     resps = record.get("filtered_resps")
     try:
         scores = [(float(value), False) for value, _ in resps]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.alpaca.prepare import check_folder, prompt, write_folder  # noqa: E402
-from data.checkpoint import atomic  # noqa: E402
+from data.checkpoint import atomic, lock  # noqa: E402
 from data.tokenizer import Tokenizer, encode_all, load_tokenizer  # noqa: E402
 from model import Parser, cli, number  # noqa: E402
 
@@ -322,6 +322,9 @@ def lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+FILES = ("tokenizer.model", "text.txt", "heldout.txt", "calib.jsonl", "alpaca.json")  # and the questions
+
+
 def main() -> None:
     parser = Parser(description="Generate a tiny world: text, tokenizer, instructions, calibration and questions.")
     add = parser.add_argument
@@ -331,7 +334,7 @@ def main() -> None:
     add("--max_len", type=number(int, 2), default=128, help="tokens of a pretraining window")
     add("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    out, rng = check_folder(args.out), random.Random(args.seed)
+    out, rng = check_folder(args.out, FILES), random.Random(args.seed)
 
     facts, topics = make_world(rng), {}
     for fact in facts:
@@ -345,15 +348,13 @@ def main() -> None:
     for fact in facts:
         of_kind = questions.setdefault(RELATIONS[fact.relation].kind, [])
         of_kind.append(fact.question(rng, len(of_kind)))
-    files = {
-        "tokenizer.model": tokenizer.data,
-        "text.txt": "\n".join(pages),
-        "heldout.txt": " ".join(heldout),
-        "calib.jsonl": lines({"text": " ".join(calib[i : i + 4])} for i in range(0, len(calib), 4)),
-        "alpaca.json": json.dumps([make_instruction(topics, rng) for _ in range(args.instructions)], indent=1),
-    }
+    documents = lines({"text": " ".join(calib[i : i + 4])} for i in range(0, len(calib), 4))
+    instructions = json.dumps([make_instruction(topics, rng) for _ in range(args.instructions)], indent=1)
+    contents = (tokenizer.data, "\n".join(pages), " ".join(heldout), documents, instructions)
+    files = dict(zip(FILES, contents, strict=True))
     for kind, records in questions.items():
         files[f"samples_{kind}.jsonl"] = lines(records)
+    lock(out).close()  # what tells a folder of ours: it is there before the first file
     for name, content in files.items():
         with atomic(out / name) as tmp:
             tmp.write_bytes(content if isinstance(content, bytes) else content.encode())
