@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
+from data.checkpoint import UserError, packed_size  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, cli, number, open_llama, sparsity_of  # noqa: E402
+from prune import check_pattern, parse_sparsity  # noqa: E402
 from spp import AdapterLinear  # noqa: E402
 
 
@@ -65,9 +67,11 @@ def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
     for layer in model.modules():
         if args.packed and isinstance(layer, AdapterLinear):
             m, n = layer.shape
-            survivors = torch.empty(round((1 - args.zeros) * m * n), dtype=layer.weight.dtype, device="meta")
-            layer.weight = nn.Parameter(survivors, layer.weight.requires_grad)
-            layer.bits = torch.empty(m, math.ceil(n / 8), dtype=torch.uint8, device="meta")
+            k = round((1 - args.zeros) * m * n)
+            if packed_size(layer.weight, k) < layer.weight.nbytes:  # as AdapterLinear.pack has it
+                survivors = torch.empty(k, dtype=layer.weight.dtype, device="meta")
+                layer.weight = nn.Parameter(survivors, layer.weight.requires_grad)
+                layer.bits = torch.empty(m, math.ceil(n / 8), dtype=torch.uint8, device="meta")
     return model
 
 
@@ -186,6 +190,10 @@ def main():
     train.check_settings(argparse.Namespace(**{**vars(args), "preset": None}))  # shapes need no mask
     ckpt, config = open_llama(args.ckpt) if args.ckpt else (None, PRESETS[args.preset])
     train.fill_in(args, config, ckpt)
+    if args.sparsity:
+        check_pattern(parse_sparsity(args.sparsity), config)
+    if args.zeros != parser.get_default("zeros") and (not args.packed or ckpt):
+        raise UserError("--zeros: goes with --preset and --packed")
     if ckpt is not None:
         args.zeros = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])[0]  # as a sample of all
     data = None
@@ -207,7 +215,7 @@ def main():
     rows, T = max(shapes, key=math.prod)
 
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in train.build(args, config).parameters())  # zeros counted
     print(f"trainable parameters   {learning:,} ({100 * learning / total:.3f}% of {total:,})")
     print(f"memory of each process  ({args.processes} in all, micro-batches of up to {rows} x {T} tokens)")
     needs = estimate(args, model, rows, T)

@@ -82,7 +82,7 @@ def record_of(path: str | Path, result: dict) -> dict:
     check_version(result.get("version"), path)
     method, sparsity = describe(result["history"])
     record = {"method": method, "sparsity": sparsity, "zeros": result["sparsity"], "add_bos": result["add_bos"]}
-    tasks = {task: scores for task, scores in result["results"].items() if task not in AGGREGATES}
+    tasks = {task: r for task, r in result["results"].items() if task not in AGGREGATES and "subjects)" not in task}
     record["acc"] = {task: scores["acc"] for task, scores in tasks.items() if "acc" in scores}
     record["ppl"] = next((text["ppl"] for text in result["perplexity"].values()), None)
     log = Path(result["ckpt"]).parent / "log.jsonl"
@@ -102,7 +102,11 @@ def read(paths: Iterable[str | Path]) -> list[dict]:
             check_version(content.get("version"), path)
             records += content["records"]
         else:
-            records.append(record_of(path, content))
+            try:
+                records.append(record_of(path, content))
+            except (AttributeError, KeyError, TypeError, ValueError):  # edited by hand
+                what = "is not as evaluate.py wrote it, or the log beside its checkpoint not as train.py did"
+                raise UserError(f"{path}: {what}") from None
     if len({r["add_bos"] for r in records if "add_bos" in r}) > 1:
         raise UserError("some results were scored with --add_bos and some without: they cannot stand in one table")
     if not records or any(r["acc"].keys() != records[0]["acc"].keys() for r in records):

@@ -75,10 +75,11 @@ def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path, mo
     model = Llama(LlamaConfig(8000, 1024, 2816, num_hidden_layers=14, num_attention_heads=8))  # 190M
     save(prune_by_magnitude(model, 1, 4), tmp_path / "pruned.pt")
     del model
-    data = write_data(tmp_path / "data", 6 * [512])
+    n = 2 if "masked" in more else 4  # examples of 512 tokens
+    data = write_data(tmp_path / "data", n * [512])
     flags = ["--ckpt", tmp_path / "pruned.pt", "--data", data, "--out_dir", tmp_path / "run", "--device", "cpu"]
     flags += [] if "masked" in more else ["--rank", 4]
-    flags += [*more, "--batch_size", 6, "--max_tokens", 3072, "--activation_checkpointing"]
+    flags += [*more, "--batch_size", n, "--max_tokens", n * 512, "--activation_checkpointing"]
     flags += ["--epochs", 2 if "masked" in more else 1]  # steps: AdamW's moments come at the end of the first
     estimate = together(needs(*flags))
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -86,7 +87,7 @@ def test_memory_of_one_process_is_within_10_percent_of_the_measured(tmp_path, mo
     code = "import torch._dynamo, train; (torch.ones(999, 999) @ torch.ones(999, 999)); print(train.peak_memory('cpu'))"
     alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     line = [sys.executable, ROOT / "train.py", *flags]
-    done = subprocess.run([str(x) for x in line], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([str(x) for x in line], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     peak = max(json.loads(line).get("peak_memory", 0) for line in lines)
@@ -301,12 +302,22 @@ def test_with_data_it_says_how_long_the_run_is(tmp_path):
         (("--method", "dynamic"), "needs --sparsity"),
         (("--rank", 5), "--rank 5: does not divide"),
         (("--ckpt", "nowhere.pt"), "--ckpt: not allowed with argument --preset"),
+        (("--method", "dynamic", "--sparsity", "3:7"), "has 32 columns, no multiple of 7"),
+        (("--zeros", 0.7), "--zeros: goes with --preset and --packed"),
     ],
 )
 def test_what_train_py_would_refuse_is_refused(tmp_path, flags, words):
     data = write_data(tmp_path / "data", 32 * [40])
     with pytest.raises(UserError, match=words):
         needs("--preset", "test", "--data", data, *flags)
+
+
+def test_what_would_grow_is_not_packed_and_zeros_are_weights_too():
+    flags = ("--preset", "test", "--rank", 4, "--data", "none")
+    dense, packed = needs(*flags), needs(*flags, "--packed", "--zeros", 0)
+    assert packed == dense
+    sparse = needs(*flags, "--packed", "--zeros", 0.75)
+    assert sparse.splitlines()[0] == dense.splitlines()[0] and together(sparse) <= together(dense)
 
 
 def test_scaled_and_windowed_positions_need_what_plain_ones_do(tmp_path):

@@ -119,6 +119,17 @@ def test_what_save_keeps_is_read_as_the_files_it_was_made_of(two_seeds, tmp_path
     assert tables.read([saved]) == tables.read(two_seeds)
 
 
+@pytest.mark.parametrize("line", ["[", "3", '{"val_loss": 1}', '{"step": 1, "val_loss": "low"}'])
+def test_a_log_that_was_edited_by_hand_is_refused(two_seeds, line):
+    path = two_seeds[-1]
+    log = Path(json.loads(path.read_text())["ckpt"]).parent / "log.jsonl"
+    before = log.read_text()
+    log.write_text(before + line + "\n")
+    with pytest.raises(UserError, match="is not as evaluate.py wrote it, or the log beside its checkpoint"):
+        tables.read([path])
+    log.write_text(before)
+
+
 def test_a_run_that_held_nothing_out_has_no_curve(two_seeds):
     log = two_seeds[2].parent / "spp" / "log.jsonl"
     log.write_text(re.sub(r'"val_loss": [\d.]+', '"val_loss": null', log.read_text()))
