@@ -81,10 +81,9 @@ def test_every_method_has_its_row():
 
 
 def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(from model import.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import torch\nfrom model import.*?)```", README, re.S)[1]
     monkeypatch.chdir(tmp_path)
-    tokens = torch.randint(256, (4, 32))
-    names = {"calib": tokens.numpy(), "tokens": tokens, "targets": tokens}
+    names = {"calib": torch.randint(256, (4, 32)).numpy(), "texts": ["bada kimu dogu", "ruku"] * 3}
     exec(code.replace('load("llama-7b")', f'load("{random_checkpoint}")'), names)
     model, tokenizer = load("merged.pt")
     zeros = [(p == 0).float().mean().item() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
