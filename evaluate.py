@@ -67,6 +67,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ from data.checkpoint import (
     UserError,
     atomic,
     cast,
+    check_ours,
     check_out,
     check_version,
     digest,
@@ -90,7 +92,7 @@ from data.checkpoint import (
     read_utf8,
     write_json,
 )
-from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, read_tasks
+from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, n_words, read_tasks
 from data.tokenizer import Tokenizer
 from model import (
     LOGITS,
@@ -170,7 +172,7 @@ def bos_id(tokenizer: Tokenizer) -> int:
     return tokenizer.bos
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool, max_len: int) -> Request:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool, max_len: int = 2**31) -> Request:
     """The request of one choice, its input at most max_len tokens. UserError where the continuation has no token."""
     # Tokens such as "▁the" begin with their space: what a context ends in belongs to the word that follows.
     stripped = context.rstrip()
@@ -184,8 +186,13 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: 
     # Without a context BOS predicts the first token; a chat template has written its own.
     if not c or (add_bos and c[0] != bos_id(tokenizer)):
         c = [bos_id(tokenizer), *c]
-    # The last target is predicted, but predicts nothing: it is no input. What does not fit goes from the left.
-    return (c + t)[-(max_len + 1) :][:-1], t[-max_len:]
+    # The last target is predicted, but predicts nothing: it is no input.
+    return cut((c + t)[:-1], t, max_len)
+
+
+def cut(tokens: list[int], targets: list[int], max_len: int) -> Request:
+    """What does not fit goes from the left."""
+    return tokens[-max_len:], targets[-max_len:]
 
 
 def rolling_windows(tokens: list[int], bos: int, max_len: int) -> list[Request]:
@@ -245,6 +252,7 @@ class Part:
     prefix: Row | None  # what all rows begin with, and are without, where they share it
     rows: list[Row]
     document: list[int]  # of each row; a page and a text have a row for each window
+    n_cut: int = 0  # rows with a context that is longer than the model's positions
     scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> of each choice, as they come
     key: str = ""  # the digest of all that the scores depend on
 
@@ -268,7 +276,7 @@ def encode_task(
     documents: list[Document], tokenizer: Tokenizer, add_bos: bool, max_len: int, share: bool = True
 ) -> Part:
     """A task as a part: a row for each document, or for each window of a page."""
-    requests, numbers = [], []
+    requests, numbers, n_cut = [], [], 0
     for i, document in enumerate(documents):
         if document.rolling:
             tokens = tokenizer.encode(document.pairs[0][0])
@@ -276,10 +284,14 @@ def encode_task(
                 tokens = [bos_id(tokenizer), *tokens]  # lm-eval predicts the added BOS too
             rows = [[window] for window in rolling_windows(tokens, bos_id(tokenizer), max_len)]
         else:
-            rows = [[encode_pair(tokenizer, *pair, add_bos, max_len) for pair in document.pairs]]
+            choices = [encode_pair(tokenizer, *pair, add_bos) for pair in document.pairs]
+            n_cut += any(len(tokens) > max_len for tokens, _ in choices)
+            rows = [[cut(*request, max_len) for request in choices]]
         requests += rows
         numbers += [i] * len(rows)
-    return pack(requests, numbers, share)
+    part = pack(requests, numbers, share)
+    part.n_cut = n_cut
+    return part
 
 
 def encode_text(tokens: list[int], seqlen: int) -> Part:
@@ -661,12 +673,12 @@ def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
 
     A perplexity is None where it is more than a float can hold (a text without spaces is one word).
     """
-    n_words = sum(len(re.split(r"\s+", d.page)) for d in documents)
+    words = sum(n_words(d.page) for d in documents)
     n_bytes = sum(len(d.page.encode()) for d in documents)
     total = -sum(log_p)
     exp = lambda x: math.exp(x) if x < 709 else None  # e^709.8 is the largest float
     return {
-        "word_perplexity": exp(total / n_words),
+        "word_perplexity": exp(total / words),
         "byte_perplexity": exp(total / n_bytes),
         "bits_per_byte": total / n_bytes / math.log(2),
         "n": len(documents),
@@ -712,8 +724,9 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
         acc = sum(r["acc"] * r["n"] for r in subjects) / N
         squares = sum((r["n"] - 1) * (r["acc_stderr"] or 0) ** 2 * r["n"] for r in subjects)
         error = math.sqrt(squares / (N - k) / N) if k < N else None  # N = k: one document in each
-        out["mmlu"] = {"acc": acc, "acc_stderr": error, "n": N}
-        out["mmlu, mean of subjects"] = {"acc": sum(r["acc"] for r in subjects) / k, "n": k}
+        name = "mmlu" if k == len(MMLU) else f"mmlu ({k} of {len(MMLU)} subjects)"
+        out[name] = {"acc": acc, "acc_stderr": error, "n": N}
+        out[f"{name}, mean of subjects"] = {"acc": sum(r["acc"] for r in subjects) / k, "n": k}
     return out
 
 
@@ -829,13 +842,12 @@ def main() -> None:
         raise UserError(f"--out {args.out}: must end in .json")
     for path, flag in outputs.items():
         check_out(path, flag, [args.ckpt, *args.tasks, *args.ppl])
+    check_ours(Path(args.out), "perplexity", f"--out {args.out}: the results")
     ckpt, config = open_llama(args.ckpt)
     dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)
     if args.semi_structured:
         check_semi_structured(args.device, dtype)
-    tokenizer = tokenizer_of(ckpt)
-    if tokenizer is None:
-        raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
+    tokenizer = tokenizer_of(ckpt, needed=True)
     seqlen = args.seqlen or config.max_position_embeddings
     if seqlen is None:
         raise UserError(f"--ckpt {args.ckpt}: does not tell the length that it was trained on; give it by --seqlen")
@@ -866,6 +878,11 @@ def main() -> None:
     task_parts, text_parts = {}, {}
     for name, documents in tasks.items():
         task_parts[name] = encode_task(documents, tokenizer, args.add_bos, limit, not args.no_sharing)
+        longest = max(row.positions[-1] + 1 for row in task_parts[name].rows)
+        config.check_window(longest, f"--tasks: a document of {name}")
+        if task_parts[name].n_cut and rank == 0:
+            which = f"{task_parts[name].n_cut} of {len(documents)} documents of {name}"
+            print(f"note: --tasks: {which} have more than {limit} tokens: cut from the left", file=sys.stderr)
         task_parts[name].key = digest(settings, name, [d.record for d in documents])
     for name, tokens in texts.items():
         text_parts[name] = encode_text(tokens, seqlen)
@@ -917,7 +934,9 @@ def main() -> None:
         _, others = known_metrics(documents[0])
         if others:
             print(f"{name}: {', '.join(others)} is not computed here, and left out")
-    print(f"BOS {'before every context' if args.add_bos else 'not added'}; wrote {args.out}")
+    if tasks:
+        print(f"BOS {'before every context' if args.add_bos else 'not added to contexts'}")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,11 @@ from data.checkpoint import (
     DTYPES,
     Checkpoint,
     UserError,
+    brief,
     cast,
     check_out,
+    check_stored_dense,
+    checked_history,
     llama3_scaling,
     open_checkpoint,
     travels,
@@ -304,8 +307,9 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, where: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets their summed loss. targets: (B, T), -100 where nothing is to be
-        predicted; or (N,), with `where` (N,), their places in the flattened tokens."""
+        """Logits (B, T, vocab_size), or with targets their summed loss. targets: (B, T), for each position the token
+        after it (nothing is shifted here), -100 where nothing is to be predicted; or (N,), with `where` (N,), their
+        places in the flattened tokens."""
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
@@ -385,6 +389,7 @@ def generate(
         if temperature == 0:
             token = int(logits.argmax())
         else:
+            logits -= logits.max()  # or a temperature near 0 would make all of them Inf
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
             p[p.cumsum(0) - p > top_p] = 0  # everything after the token that reaches top_p
             token = int(order[torch.multinomial(p, 1)])
@@ -459,22 +464,24 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
 
     def check(key: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise UserError(f"{source}: config: {key} is {values.get(key)!r:.80}, expected {expected}")
+            raise UserError(f"{source}: config: {key} is {brief(values.get(key))}, expected {expected}")
 
     check("model_type", values.get("model_type", "llama") in ("llama", "mistral"), "'llama' or 'mistral'")
-    for key in ("quantization_config", "compression_config"):  # the latter is llm-compressor's older name
-        check_stored_dense(values.get(key), f"{source}: config: {key}")
+    check_stored_dense(values, source)
     rope_key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"  # where it stands, for messages
     values = {**values, **rope_settings(values)}
     scaling = values["rope_scaling"]
     if scaling is not None:
-        needed = ROPE_SCALING.get(str(scaling.get("rope_type"))) if isinstance(scaling, dict) else None
+        kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+        needed = ROPE_SCALING.get(kind) if isinstance(kind, str) else None
         check(rope_key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
         numbers = all(is_positive(scaling.get(name), int, float) for name in needed)
         check(rope_key, numbers, f"{', '.join(needed)} above 0")
         values["rope_scaling"] = {name: scaling[name] for name in ("rope_type", *needed)}
     if values.get("model_type") == "mistral":
-        values.setdefault("sliding_window", 4096)  # transformers' own where it is absent
+        values.setdefault("sliding_window", 4096)  # transformers' own where they are absent
+        if "max_seq_len" not in values:  # see `config_to_dict`
+            values.setdefault("max_position_embeddings", 131072)
     else:
         values.pop("sliding_window", None)  # which LLaMA's own code does not look at
     unknown_length = "max_seq_len" in values and values.get("max_position_embeddings") is None
@@ -521,22 +528,6 @@ def is_positive(x: Any, *types: type) -> bool:
     return type(x) in types and 0 < x < (2**28 if types == (int,) else 2.0**64)  # type: JSON's true is no 1
 
 
-def check_stored_dense(quantization: Any, where: str) -> None:
-    """UserError for a quantization_config, which begins with `where`, unless it says that no weight is quantized and
-    that sparse ones are stored with their zeros, as llm-compressor can leave a 2:4 model."""
-    if quantization is None:
-        return
-    about = quantization if isinstance(quantization, dict) else {}
-    sparse = about.get("sparsity_config")
-    groups = about.get("config_groups") or about.get("kv_cache_scheme")
-    if isinstance(sparse, dict) and sparse.get("format") == "dense" and not groups:
-        return
-    method = about.get("quant_method") or "an unknown method"
-    raise UserError(
-        f"{where}: its weights are stored by {method!r:.80}, expected plain ones; decompress the model first"
-    )
-
-
 def rope_settings(values: dict) -> dict:
     """{rope_theta, rope_scaling, partial_rotary_factor} of a config.json: they stand apart, or since transformers 5 in
     one dict. Where both forms are there, rope_scaling counts, and what is inside of it before the same outside, as in
@@ -545,6 +536,10 @@ def rope_settings(values: dict) -> dict:
     apart = {"rope_theta": values.get("rope_theta"), "partial_rotary_factor": values.get("partial_rotary_factor")}
     if isinstance(rope, dict):
         rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is the older name
+        if rope["rope_type"] == "llama3":
+            rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+            if "original_max_position_embeddings" in values:  # the one key that counts outside
+                rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
         apart = {key: rope.pop(key, outside) for key, outside in apart.items()}
         if rope["rope_type"] == "default":
             rope = None
@@ -558,6 +553,10 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
     settings, names, shapes and tokenizer against `Llama`. UserError for what is no LLaMA."""
     ckpt = open_checkpoint(path)
     config = config_from_dict(ckpt.config, path)
+    if "embed_tokens.weight" in ckpt:  # saved without its head
+        for mapping in (ckpt.getters, ckpt.shapes):
+            for name in [*mapping]:
+                mapping[f"model.{name}"] = mapping.pop(name)
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if config.tie_word_embeddings and {embed, head} <= ckpt.keys() and not ckpt[embed].equal(ckpt[head]):
         config.tie_word_embeddings = False  # a head that was trained alone, as transformers takes it
@@ -576,24 +575,33 @@ def open_llama(path: str | Path) -> tuple[Checkpoint, LlamaConfig]:
         del expected[head]
     missing, unknown = sorted(expected.keys() - ckpt.keys()), sorted(ckpt.keys() - expected.keys())
     if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a LLaMA's"
-        raise UserError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown names)")
+        what = [f"{name} is missing" for name in missing[:1]] + [f"{name} is not a LLaMA's" for name in unknown[:1]]
+        raise UserError(f"{path}: {', '.join(what)} ({len(missing)} missing, {len(unknown)} unknown names)")
     for name, w in ckpt.shapes.items():
         if w.shape != expected[name].shape:
             hint = ": DeepSpeed ZeRO-3 saves this where it gathered nothing" if w.numel() == 0 else ""
             raise UserError(f"{path}: {name} has shape {[*w.shape]}, its config says {[*expected[name].shape]}{hint}")
         if w.dtype not in DTYPES.values():
             raise UserError(f"{path}: {name} is {w.dtype}; readable are {', '.join(DTYPES)}")
-    tokenizer = tokenizer_of(ckpt)
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        n = tokenizer.vocab_size
-        raise UserError(f"{path}: its tokenizer has {n} pieces, the model only {config.vocab_size}")
+    check_vocabulary(ckpt, config)
     return ckpt, config
 
 
-def tokenizer_of(ckpt: Checkpoint) -> Tokenizer | None:
-    """The checkpoint's tokenizer; its files say, beside the pieces, which tokens begin and end a text."""
+def check_vocabulary(ckpt: Checkpoint, config: LlamaConfig) -> None:
+    """UserError for a tokenizer with tokens that the model does not have."""
+    tokenizer = tokenizer_of(ckpt)
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        n = tokenizer.vocab_size
+        raise UserError(f"{ckpt.path}: its tokenizer has {n} pieces, the model only {config.vocab_size}")
+
+
+def tokenizer_of(ckpt: Checkpoint, needed: bool = False) -> Tokenizer | None:
+    """The checkpoint's tokenizer; its files say, beside the pieces, which tokens begin and end a text. Where there is
+    none None, or a UserError if it is needed."""
     if ckpt.tokenizer is None:
+        if needed:
+            how = f"`model.py --ckpt {ckpt.path} --tokenizer DENSE_MODEL --out NEW` gives it one"
+            raise UserError(f"{ckpt.path}: has no tokenizer; {how}")
         return None
     return load_tokenizer(ckpt.tokenizer, {**ckpt.files, "config.json": json.dumps(ckpt.config).encode()})
 
@@ -686,8 +694,13 @@ def stream_blocks(
 
 
 def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it."""
+    """Writes `path`: ours if it ends in .pt, otherwise a Hugging Face directory. `model.history` goes with it.
+    UserError for a model with adapters."""
     weights = {name: w.detach() for name, w in model.state_dict().items()}
+    with torch.device("meta"):
+        foreign = weights.keys() - Llama(model.config).state_dict().keys()
+    if foreign:
+        raise UserError(f"{path}: the model has {min(foreign)}, which is not a LLaMA's; merge its adapters first")
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
@@ -695,13 +708,18 @@ def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> 
     if tokenizer is not None:
         if not hasattr(tokenizer, "data"):  # sentencepiece's own
             tokenizer = load_tokenizer(tokenizer.serialized_model_proto())
-        ckpt.config["bos_token_id"] = tokenizer.bos
-        ends = [*tokenizer.eos] or [None]
-        ckpt.config["eos_token_id"] = ends[0] if len(ends) == 1 else ends  # several are a list, as in transformers
-        ckpt.tokenizer = tokenizer.data
-        ckpt.files = {name: data for name, data in tokenizer.files.items() if travels(name)}
-    ckpt.history = model.history
+        give_tokenizer(ckpt, tokenizer)
+    ckpt.history = checked_history(model.history, path)
     write_checkpoint(ckpt, path)
+
+
+def give_tokenizer(ckpt: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Puts a tokenizer and what travels beside it into a checkpoint, whose config then names its BOS and EOS."""
+    ckpt.config["bos_token_id"] = tokenizer.bos
+    ends = [*tokenizer.eos] or [None]
+    ckpt.config["eos_token_id"] = ends[0] if len(ends) == 1 else ends  # several are a list, as in transformers
+    ckpt.tokenizer = tokenizer.data
+    ckpt.files = {name: data for name, data in tokenizer.files.items() if travels(name)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -712,8 +730,11 @@ def count_zeros(weight: Tensor) -> int:
     return weight.numel() - weight.count_nonzero().item()
 
 
+PATTERNS = ("1:4", "2:8", "2:4", "4:8")  # the usual ones, the tightest first
+
+
 def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
-    """The share of zeros of a weight (m, n), and the tightest of the usual N:M patterns that holds, or None."""
+    """The share of zeros of a weight (m, n), and the tightest of PATTERNS that holds, or None."""
     # A byte says of eight weights of a row which are kept, and how often each of the 256 bytes is there says the rest:
     # that takes a twentieth of the time of counting within groups.
     seen = np.zeros(256, dtype=np.int64)
@@ -722,10 +743,11 @@ def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
     kept = {8: [byte.bit_count() for byte in range(256)]}
     kept[4] = [max((byte >> 4).bit_count(), (byte & 15).bit_count()) for byte in range(256)]  # in its fuller half
     zeros = 1 - int(seen @ kept[8]) / weight.numel()
-    for n, m in ((1, 4), (2, 8), (2, 4), (4, 8)):
+    for pattern in PATTERNS:
+        n, m = map(int, pattern.split(":"))
         fullest = max(kept[m][byte] for byte in np.flatnonzero(seen))
         if weight.shape[1] % m == 0 and fullest <= n:
-            return zeros, f"{n}:{m}"
+            return zeros, pattern
     return zeros, None
 
 
@@ -742,7 +764,8 @@ def describe(ckpt: Checkpoint, config: LlamaConfig) -> dict:
             patterns.setdefault(kind, set()).add(pattern)
     linears = {}
     for kind, found in patterns.items():
-        pattern = found.pop() if len(found) == 1 else None
+        # each pattern implies those after it, so the loosest holds in all layers
+        pattern = None if None in found else max(found, key=PATTERNS.index)
         linears[kind] = {"sparsity": zeros[kind] / sizes[kind], "pattern": pattern}
     family = [name for name, preset in PRESETS.items() if preset == config]
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.shapes.values()})
@@ -770,6 +793,8 @@ def print_description(info: dict) -> None:
     print(f"vocabulary {c['vocab_size']:,}, {positions} positions")
     for kind, line in info["linears"].items():
         print(f"  {kind:<10} {100 * line['sparsity']:6.2f}% zeros   {line['pattern'] or ''}")
+    if not info["tokenizer"]:
+        print("  no tokenizer: --tokenizer with --out gives it one")
     for step in info["history"]:
         print("  history: " + ", ".join(f"{key} {value}" for key, value in step.items()))
 
@@ -808,8 +833,9 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
         x = kind(text)
         if not math.isfinite(x):
             raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
-        if not (low <= x <= high and above < x):
-            bounds = {"at least": low, "more than": above, "at most": high}
+        most = high if kind is float else min(high, 2**62)  # more would overflow somewhere
+        if not (low <= x <= most and above < x):
+            bounds = {"at least": low, "more than": above, "at most": most if x > most else high}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if abs(bound) < math.inf)
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
         return x
@@ -849,6 +875,8 @@ def join_processes(device: str) -> tuple[int, int]:
             n = torch.cuda.device_count()
             raise UserError(f"--nproc_per_node: more processes than the {n} GPUs that torch sees")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "MASTER_ADDR" not in os.environ:  # a job system may set WORLD_SIZE too
+        raise UserError(f"WORLD_SIZE is {world}, but torchrun did not start this process; start it so, or unset it")
     # The others wait while rank 0 looks at 140 GB of weights or at a state: NCCL alone gives up after ten minutes.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     return dist.get_rank(), world
@@ -886,7 +914,8 @@ def leave_with_parent() -> None:
     PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that Linux sends when the parent dies
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = Path(f"/proc/{os.getppid()}/cmdline")  # it may have died before the line above: init is then in its place
-    if parent.exists() and b"python" not in parent.read_bytes():
+    first = os.getsid(0) == os.getpid()  # of the session that torchrun gives a worker: no wrapper such as numactl's
+    if first and parent.exists() and b"python" not in parent.read_bytes():
         sys.exit("torchrun, which started this process, is gone")
 
 
@@ -894,7 +923,7 @@ def leave_with_parent() -> None:
 def end_by_bus_error(number: int) -> None:
     """C's handler of SIGBUS: a file that is mapped has become shorter, and the program touched what was there. There is
     no way on from here, and without a word Python would end with "Bus error"."""
-    why = "a checkpoint became shorter while it was read; is it being copied, or written anew?"
+    why = "a checkpoint or prepared data became shorter while it was read; is it being copied, or written anew?"
     os.write(2, f"{Path(sys.argv[0]).name}: error: {why}\n".encode())
     os._exit(2)
 
@@ -994,6 +1023,7 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
     add("--out", help="convert: a .pt file, or a new directory")
+    add("--tokenizer", help="convert: the tokenizer to put into --out, a file or another model's directory")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
     add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's or Meta's")
     add("--max_shard_size", type=parse_size, default="5GB", help="of a directory's files, such as 500MB")
@@ -1003,12 +1033,14 @@ def main() -> None:
     add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt")
     add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time")
     add("--top_p", type=number(float, 0, high=1), default=1.0, help="draw among the likeliest tokens of this total")
-    add("--seed", type=number(int, 0), default=0, help="of drawing")
+    add("--seed", type=number(int, 0, high=2**62), default=0, help="of drawing")
     args = parser.parse_args()
     if not (args.out or args.info or args.prompt is not None):
         raise UserError("nothing to do: give --out, --info or --prompt")
     if args.layout == "meta" and (not args.out or args.out.endswith(".pt")):
         raise UserError("--layout meta: needs --out with the name of a new directory")
+    if args.tokenizer and not args.out:
+        raise UserError("--tokenizer: goes into --out, which is not given")
     if args.json and not args.info:
         raise UserError("--json: is for --info")
     if args.out:
@@ -1024,12 +1056,14 @@ def main() -> None:
         else:
             print_description(info)
     if args.out:
+        if args.tokenizer:
+            give_tokenizer(ckpt, load_tokenizer(args.tokenizer))
+            check_vocabulary(ckpt, config)
         write_checkpoint(ckpt, args.out, dtype, args.max_shard_size, args.layout)
         print(f"wrote {args.out}")
     if args.prompt is not None:
-        model, tokenizer = load(args.ckpt, dtype)
-        if tokenizer is None:
-            raise UserError(f"--ckpt {args.ckpt}: has no tokenizer; put tokenizer.model or tokenizer.json beside it")
+        tokenizer = tokenizer_of(ckpt, needed=True)
+        model, _ = load(args.ckpt, dtype)
         torch.manual_seed(args.seed)
         print(complete(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p))
 

@@ -58,7 +58,9 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
+    check_ours,
     check_out,
+    checked_file,
     digest,
     lock_partial,
     open_hf,
@@ -147,7 +149,7 @@ def sparsity_of_linear(sparsity: Sparsity | ByName | Callable[[str], Sparsity], 
     """What the linear of this full name has: the last entry whose name is a part of it, between dots. UserError where
     there is none."""
     if callable(sparsity):
-        return sparsity(linear)
+        return parse_sparsity(sparsity(linear))
     if not isinstance(sparsity, list):
         return sparsity
     named = [s for name, s in sparsity if name and f".{name}." in f".{linear}."]
@@ -210,6 +212,9 @@ def prune_model(
     pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
     check_pattern(pattern, model.config)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
+    names = [name for group in GROUPS.values() for name in group]
+    if not all(isinstance(block.get_submodule(name), nn.Linear) for block in model.model.layers for name in names):
+        raise UserError("the model has adapters: merge them before pruning")
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the caller may have TF32 on
@@ -513,7 +518,7 @@ def dsnot(
     contribution = W.float() * s.total  # (R, C)
     gain_per_variance = (contribution / s.variance).nan_to_num(0)  # (R, C)
     error = (contribution * ~mask).sum(1)  # (R,)
-    growable = ~mask  # (R, C): the removed weights that may still come back
+    growable = ~mask & (W != 0)  # (R, C): the removed weights that may still come back; what was 0 before stays
     prunable = mask.clone()  # (R, C): the weights kept at first that may still go
     mask = mask.clone()
     active = torch.ones(len(W), dtype=torch.bool, device=W.device)  # (R,): rows that were never refused a swap
@@ -635,7 +640,7 @@ def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
         block, x, report = state["block"], state["x"], state["report"]
         whole = saved[-1].name == f"inputs-{block:05}.pt" and x.shape == (*tokens.shape, config.hidden_size)
         whole = whole and len(report) == sum(map(len, GROUPS.values())) * block
-        pruned = [digest(np.memmap(shard_file(work, i, config), mode="r")) for i in range(block)]
+        pruned = [digest(np.memmap(checked_file(shard_file(work, i, config)), mode="r")) for i in range(block)]
         whole = whole and pruned == state["digests"]
     except (UserError, KeyError, TypeError, ValueError, AttributeError, OSError):
         whole = False
@@ -738,8 +743,7 @@ def main() -> None:
     out = check_out(args.out, inputs=[args.ckpt, args.calib], model=True)
     if out.suffix == ".pt":
         beside = check_out(report_file(out), inputs=[args.ckpt, args.calib])
-        if beside.exists() and "kinds" not in read_json(beside, dict):
-            raise UserError(f"--out {args.out}: its report would overwrite {beside}, which is no report of prune.py")
+        check_ours(beside, "kinds", f"--out {args.out}: its report")
     ckpt, config = open_llama(args.ckpt)
     calib = f"--calib {args.calib}"
     tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)
@@ -756,7 +760,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)
     report = prune_checkpoint(ckpt, config, tokens, settings, out, entry, torch.device(args.device), dtype)
 
-    print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on {SAMPLE} calibration tokens)")
+    sample = min(SAMPLE, tokens.numel())
+    print(f"{'linear':<12} {'sparsity':>9} {'relative output error':>22}   (on {sample} calibration tokens)")
     for kind, line in summary(report).items():
         print(f"{kind:<12} {100 * line['sparsity']:8.2f}% {line['error']:22.4f}")
     print(f"wrote {out} and {report_file(out)}")

@@ -79,7 +79,9 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
+    brief,
     check_out,
+    check_tensors,
     check_version,
     pack,
     packed_size,
@@ -190,6 +192,8 @@ class SPPLinear(AdapterLinear):
         super().__init__(linear, r, scale if residual else 1.0)
         m, n = self.weight.shape
         assert m % r == 0, f"r = {r} does not divide m = {m}"
+        assert matmul in ("fused", "chunked", "repeat"), matmul
+        assert zero_init in ("beta", "alpha", "none"), zero_init
         self.matmul, self.zero_init, self.residual = matmul, zero_init, residual
         self.alpha, self.beta = self.factor(r, n), self.factor(m)
         self.beta.requires_grad_(beta)
@@ -544,8 +548,10 @@ def as_linear(W: Tensor) -> nn.Linear:
 
 def check_rank(method: str, r: int, shapes: dict[str, tuple[int, int]]) -> None:
     """UserError where r does not divide the outputs m of a linear, {name: (m, n)}: SPP's blocks have m/r rows each."""
+    if r < 1:
+        raise UserError(f"--rank {r}: expected at least 1")
     for name, (m, _) in shapes.items():
-        if method == "spp" and (r < 1 or m % r):
+        if method == "spp" and m % r:
             divisors = [d for d in range(1, m + 1) if m % d == 0]
             nearest = sorted(sorted(divisors, key=lambda d: abs(d - r))[:6])
             fit = " or ".join(map(str, nearest))
@@ -563,7 +569,8 @@ def inject(
     """Swaps the linears named in `targets` for learning ones, in place, and freezes the rest. Returns the model.
 
     options go to the layer (SPPLinear: matmul, beta, zero_init, residual). Raises UserError, before anything is
-    swapped, for a method that is none of METHODS, and where r does not divide some target's m.
+    swapped, for a method that is none of METHODS, where r does not divide some target's m, and where there is no
+    target: the names are wrong, or the model has adapters already.
     """
     if method not in METHODS:
         raise UserError(f"--method {method}: expected one of {', '.join(METHODS)}")
@@ -572,6 +579,10 @@ def inject(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
     }
+    if not linears:
+        raise UserError(f"the model has no nn.Linear named {' or '.join(targets)}; were they swapped already?")
+    if not 0 < scale < math.inf:
+        raise UserError(f"--scale {scale}: expected a finite number above 0")
     check_rank(method, r, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, linear in linears.items():
@@ -583,15 +594,18 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
     """Back to plain nn.Linear that hold the merged weights, in place; asserts that every zero is a zero still.
 
     LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False. What was merged is added to
-    the model's history. UserError where a merged weight is not finite.
+    the model's history. UserError where a merged weight is not finite, and for dynamic layers that never had a mask.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLinear)}
+    masks = [layer.mask for layer in layers.values() if isinstance(layer, DynamicLinear)]
+    if masks and all(mask.all() for mask in masks):
+        raise UserError("no dynamic layer has a mask yet; update_masks of train.py sets them, every few steps")
     for name, layer in layers.items():
         replace(model, name, as_linear(merged_weight(layer, masked, name)))
     if layers:
         layer = next(iter(layers.values()))
         method = next((name for name, kind in METHODS.items() if type(layer) is kind), type(layer).__name__)
-        model.history = [*getattr(model, "history", []), merge_step(method, layer.r, layer.scale, masked)]
+        model.history = [*getattr(model, "history", []), merge_step(method, layer, masked)]
     return model
 
 
@@ -606,13 +620,13 @@ def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
     return W
 
 
-def merge_step(method: str, r: int, scale: float, masked: bool) -> dict:
-    """What a history says of a merge."""
+def merge_step(method: str, layer: AdapterLinear, masked: bool) -> dict:
+    """What a history says of a merge, of which this is a layer."""
     step = {"method": method}
     if method == "lora":
         step["method"] = "lora*" if masked else "lora (dense)"
-    if not issubclass(METHODS.get(method, AdapterLinear), MaskedLinear):  # which knows neither r nor scale
-        step.update(r=r, scale=scale)
+    if layer.r:  # 0: it knows neither r nor scale
+        step.update(r=layer.r, scale=layer.scale)
     return step
 
 
@@ -643,12 +657,24 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     For a model in one piece. Raises UserError where names or shapes are not those of this model.
     """
     learning = {name.removeprefix("model."): p for name, p in model.named_parameters() if p.requires_grad}
+    for name in learning.keys() & state.keys():
+        if learning[name].dim() == 2:
+            state = {**state, name: from_survivors(state[name], learning[name].detach(), name)}
     wrong = sorted(learning.keys() ^ state.keys())
     wrong += [name for name in learning if name in state and learning[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"the adapter does not fit the model at {wrong[0]} ({len(wrong)} such)")
     for name, p in learning.items():
         p.data.copy_(state[name])
+
+
+def from_survivors(learned: Tensor, W: Tensor, where: str) -> Tensor:
+    """What --method masked has learned of W (m, n), as a matrix; with --packed it is a vector of the survivors."""
+    if learned.dim() != 1:
+        return learned
+    if learned.numel() != W.count_nonzero():
+        raise UserError(f"{where}: has {learned.numel()} survivors, its checkpoint {W.count_nonzero()}")
+    return unpack(learned, pack(W)[1], W.shape[1])
 
 
 def write_adapter(
@@ -689,17 +715,18 @@ def check_head(file: Any, path: str | Path) -> None:
         if type(file.get(key)) is not kind:
             raise UserError(f"{path}: its {key} is a {type(file.get(key)).__name__}, expected a {kind.__name__}")
     if file["method"] not in METHODS:
-        raise UserError(f"{path}: its method is {file['method']!r}, expected one of {', '.join(METHODS)}")
+        raise UserError(f"{path}: its method is {brief(file['method'])}, expected one of {', '.join(METHODS)}")
     for key, value in file["options"].items():
         known = {"beta": (False,), "zero_init": ("alpha", "none"), "residual": (False,)}.get(key, ())
         if not isinstance(value, bool | str) or value not in known:
-            raise UserError(f"{path}: its option {key!r} is {value!r}, which SPP does not have")
+            raise UserError(f"{path}: its option {brief(key)} is {brief(value)}, which SPP does not have")
     if not 0 < file["r"] < 2**20 or not 0 < file["scale"] < math.inf:
         raise UserError(f"{path}: its r is {file['r']}, its scale {file['scale']}")
 
 
 def check_factors(file: dict, ckpt: Checkpoint, path: str | Path) -> None:
     """UserError where an adapter's tensors are not those that its method learns for the checkpoint's linears."""
+    check_tensors(file["adapter"], path)
     targets = {name: w for name, w in ckpt.shapes.items() if name.split(".")[-2] in TARGETS}
     check_rank(file["method"], file["r"], {name: w.shape for name, w in targets.items()})
     expected = {}
@@ -711,12 +738,11 @@ def check_factors(file: dict, ckpt: Checkpoint, path: str | Path) -> None:
     if missing:
         raise UserError(f"{path}: {min(missing)} is missing ({len(missing)} such)")
     if unknown:
-        raise UserError(f"{path}: {min(unknown, key=str)} is of no linear of {ckpt.path} ({len(unknown)} such)")
+        raise UserError(f"{path}: {min(unknown)} is of no linear of {ckpt.path} ({len(unknown)} such)")
     for key, w in file["adapter"].items():
-        plain = isinstance(w, Tensor) and w.layout == torch.strided and not w.is_meta
-        survivors = plain and file["method"] == "masked" and w.dim() == 1  # of a packed weight
-        if not plain or (w.shape != expected[key] and not survivors) or w.dtype not in DTYPES.values():
-            found = f"{w.dtype} of shape {[*w.shape]}" if plain else "no plain tensor"
+        survivors = file["method"] == "masked" and w.dim() == 1  # of a packed weight
+        if (w.shape != expected[key] and not survivors) or w.dtype not in DTYPES.values():
+            found = f"{w.dtype} of shape {[*w.shape]}"
             raise UserError(f"{path}: {key} is {found}, expected floats of shape {[*expected[key]]}")
         if not w.isfinite().all():
             raise UserError(f"{path}: {key} holds NaN or Inf")
@@ -741,18 +767,16 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, ba
         W, factors = ckpt[name], layers[name]
         layer = METHODS[method](as_linear(W), r=file["r"], scale=file["scale"], **options)
         zeros = W == 0  # before loading: a float32 masked layer holds W itself, which loading overwrites
-        learned = factors.get("weight")
-        if learned is not None and learned.dim() == 1:  # survivors
-            if learned.numel() != W.count_nonzero():
-                raise UserError(f"{path}: {name} has {learned.numel()} survivors, {ckpt.path} {W.count_nonzero()}")
-            factors = {"weight": unpack(learned, pack(W)[1], W.shape[1])}
+        if "weight" in factors:
+            factors = {"weight": from_survivors(factors["weight"], W, f"{path}: {name}")}
         layer.load_state_dict(factors, strict=False)  # not strict: frozen weights and masks are none of the file's
         new = merged_weight(layer, masked, f"{path}: {name}")
         # masked: the adapter is the weight itself, so its zeros are held against the checkpoint's here
         assert method != "masked" or not new[zeros].any(), f"{name}: a pruned weight came back"
         return new
 
-    step = {**merge_step(method, file["r"], file["scale"], masked), "base": file["base"], **options}
+    layer = METHODS[method](as_linear(ckpt.shapes[next(iter(layers))]), r=file["r"], scale=file["scale"], **options)
+    step = {**merge_step(method, layer, masked), "base": file["base"], **options}
     return ckpt.changed({name: functools.partial(get, name) for name in layers}, step)
 
 

@@ -22,20 +22,22 @@ loss scaling is needed; merging takes them from the checkpoint, unrounded. A val
 write: weights rounded to the checkpoint's dtype, LoRA's and --method dynamic's under their masks.
 
 What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
-newest two states), adapter.pt (the adapter of the lowest validation loss after the start) and merged.pt, the
-checkpoint with that adapter merged. `--method full` trains the model itself, in float32: no adapter, and merged.pt
-holds the last weights, in the checkpoint's dtype. A loss that is not finite ends the run, and no file sees it.
+newest two states, each with its adapter), adapter.pt (the adapter of the lowest validation loss after the start) and
+merged.pt, the checkpoint with that adapter merged. `--method full` trains the model itself, in float32: no adapter, and
+merged.pt holds the last weights, in the checkpoint's dtype. A loss that is not finite ends the run; no file sees it.
 """
 
 import argparse
 import bisect
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -57,8 +59,8 @@ from data.checkpoint import (
     Checkpoint,
     UserError,
     atomic,
-    cast,
     check_out,
+    check_tensors,
     check_version,
     checked_file,
     digest,
@@ -139,7 +141,7 @@ def make_parser() -> Parser:
     # the optimizer; the paper's values, where there is no default by size
     add("--lr", type=number(float, above=0), help="peak learning rate (default: by method, width and steps)")
     add("--batch_size", type=number(int, 1), help="examples in a step, over all processes (default: the paper's)")
-    add("--epochs", type=number(float, above=0), help="passes over the training data (default: the paper's)")
+    add("--epochs", type=number(float, above=0, high=1e6), help="passes over the training data (default: the paper's)")
     micro_batch = "padded tokens in a micro-batch of one process (default: the paper's batch x 512)"
     add("--max_tokens", type=number(int, 1), help=micro_batch)
     add("--weight_decay", type=number(float, 0), default=0.001, help="of AdamW")
@@ -171,8 +173,6 @@ def main() -> None:
     # here, since it takes as long to import as torch itself, for which --help and a wrong flag need not wait
     from torch.distributed.checkpoint import state_dict as dcp
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        args.resume = True  # torchrun --max_restarts gives the first command again
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.ckpt:
         ckpt, config = open_llama(args.ckpt)
@@ -211,8 +211,12 @@ def main() -> None:
     log = tqdm.write if rank == 0 else lambda text: None
     if ckpt is not None:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
-        stay = "; they stay" if args.method in ("spp", "masked", "masked_lora") else ""
+        stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
         log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
+        if stay and zeros < 0.01:
+            log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
+        if ckpt.tokenizer is None:
+            log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
     if lr_source:
         log(f"--lr {args.lr:g}: {lr_source}")
     if plan.steps < 100 and plan.batch_size > world:
@@ -232,7 +236,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
     net = model  # what learns; `model`, the same without a wrapper, is validated and saved
     if world > 1 and mesh is None:
-        net = DistributedDataParallel(model, broadcast_buffers=False)  # dynamic's masks are the same everywhere
+        # Masks and --packed's bits are the same everywhere. Since torch 2.13 the flag that says so has another name.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        net = DistributedDataParallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     # The library's own gathering and scattering of sharded states: names are the model's, whatever wraps it.
     gather = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     if start > 0:
@@ -361,7 +367,7 @@ def main() -> None:
 def check_settings(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other, or that the method would ignore."""
     if args.tokenizer and args.ckpt:
-        raise UserError("--tokenizer: goes with --preset; a checkpoint has its own")
+        raise UserError("--tokenizer: goes with --preset; a checkpoint has its own, or is given one by model.py")
     if args.preset and args.method != "full":
         raise UserError("--preset: random weights have no mask; only --method full trains them")
     if args.fsdp and args.method in ("full", "dynamic"):
@@ -439,6 +445,8 @@ def default_lr(method: str, config: LlamaConfig, steps: int) -> tuple[float, str
     if base is None:
         base = paper_lr
         source = f"the paper's {base} for {size}B"
+        if method not in LR:
+            source += f", SPP's, since LR has none for {method}"
     narrow = max(1, 4096 / config.hidden_size) ** power
     short = max(1, math.ceil(PAPER_RECORDS / batch_size) * epochs / steps) ** (1 / 3)
     if narrow > 1:
@@ -459,6 +467,8 @@ class Examples:
     UserError where the files do not fit together, and for a token that is none of the vocabulary's.
     """
 
+    SUFFIXES = ("", ".offsets", ".prompt")  # of its files' names
+
     def __init__(self, folder: str | Path, split: str, mask_prompt: bool = False, vocab_size: int = 2**31):
         def read(suffix: str) -> np.ndarray:
             path = Path(folder) / f"{split}{suffix}.npy"
@@ -471,7 +481,7 @@ class Examples:
                 )
             return array
 
-        self.tokens, self.offsets, self.prompt = read(""), read(".offsets"), read(".prompt")
+        self.tokens, self.offsets, self.prompt = map(read, self.SUFFIXES)
         n = len(self.offsets) - 1
         if n < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or len(self.prompt) != n:
             raise UserError(f"--data {folder}: {split}.offsets.npy and {split}.prompt.npy do not fit {split}.npy")
@@ -706,6 +716,9 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         raise UserError(f"--out_dir {args.out_dir!r}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir", [path for path in (args.ckpt, args.tokenizer) if path])
     file = out_dir / "config.json"
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun, which gives the same command
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and file.exists():  # again with --max_restarts: it
+        args.resume |= read_json(file, dict).get("torchrun") == agent  # resumes what it began, and no other run
     names = ["config.json", "adapter.pt", "merged.pt", "log.jsonl", *(path.name for _, path in saved_states(out_dir))]
     for name in names:
         if not (out_dir / name).exists():
@@ -715,12 +728,13 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         if not file.exists() and not name.startswith("step-"):  # config.json comes first; a state says whose it is
             raise UserError(f"--out_dir {out_dir}: holds {name}, and no config.json of a run; name another folder")
     held = lock(out_dir)
-    hashes = [read_npy(path).tobytes() for path in sorted(Path(args.data).glob("*.npy"))]
+    files = [f"{split}{suffix}.npy" for split in ("train", "val") for suffix in Examples.SUFFIXES]
+    hashes = [read_npy(Path(args.data) / name).tobytes() for name in files]
     config = {"version": VERSION, "settings": vars(args), "steps": steps, "base": base, "data": digest(*hashes)}
     same = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
     config["run"] = digest(same, base, config["data"])
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config["world_size"] = world
+    config.update(world_size=world, torchrun=agent)
     if not file.exists():  # with --resume too: nothing was saved yet
         write_json(file, config)
         return config["run"], held
@@ -752,14 +766,33 @@ def state_names(model: Llama) -> set[str]:
 def write_state(
     out_dir: Path, run: str, step: int, first: float, best: float, weights: dict, moments: dict, model: Llama
 ) -> None:
-    """step-N.pt; the newest two are kept, so that one which the disk has damaged can be passed over."""
+    """step-N.pt; the newest two are kept, so that one which the disk has damaged can be passed over. Beside each is the
+    adapter of `best`: where a run goes on from that state, the adapter of a later step is none of its own."""
     names = state_names(model)
+    path = out_dir / f"step-{step:06}.pt"
+    if (out_dir / "adapter.pt").exists():
+        link(out_dir / "adapter.pt", beside(path))
     state = {"version": VERSION, "run": run, "step": step, "first": first, "best": best, "optimizer": moments}
     state["model"] = {name: w for name, w in weights.items() if name in names}
-    with atomic(out_dir / f"step-{step:06}.pt") as tmp:
+    with atomic(path) as tmp:
         save_torch(state, tmp)
     for _, old in saved_states(out_dir)[2:]:
         old.unlink()
+        beside(old).unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """Where a state's adapter is."""
+    return path.with_suffix(".adapter.pt")
+
+
+def link(old: Path, new: Path) -> None:
+    """Makes `new` another name of a file, or a copy where the file system has no such names."""
+    with atomic(new) as tmp:
+        try:
+            os.link(old, tmp)
+        except OSError:
+            shutil.copyfile(old, tmp)
 
 
 def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
@@ -773,23 +806,28 @@ def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
 
 
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:
-    """The newest state that is whole, or None; a damaged file is skipped. UserError for a whole state of another
-    run."""
+    """The newest state that is whole, or None, and its adapter as adapter.pt; a damaged one is renamed and passed over.
+    UserError for a whole state of another run."""
     for step, path in saved_states(out_dir):
         try:
             state = torch_load(path, checksums=True)
+            if beside(path).exists():
+                torch_load(beside(path), checksums=True)
         except UserError:
             tqdm.write(f"warning: {path} is truncated or damaged; going back to the state before it")
+            path.rename(path.with_suffix(".damaged"))  # or it would count as one of the two that are kept
             continue
         if isinstance(state, dict):
             check_version(state.get("version"), path)
-        if step > steps or not state_is_whole(state, run, step, model):
+        if step > steps or not state_is_whole(state, path, run, step, model):
             raise UserError(f"--resume: {path} is not a state of this run; remove it to go on from the one before")
+        if beside(path).exists():
+            link(beside(path), out_dir / "adapter.pt")
         return state
     return None
 
 
-def state_is_whole(state: Any, run: str, step: int, model: Llama) -> bool:
+def state_is_whole(state: Any, path: Path, run: str, step: int, model: Llama) -> bool:
     """Whether a state is this run's after this step, with every tensor that the model learns and AdamW's moments of
     each, in their shapes."""
     expected = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
@@ -805,10 +843,12 @@ def state_is_whole(state: Any, run: str, step: int, model: Llama) -> bool:
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
         losses = all(isinstance(state[key], float) and state[key] == state[key] for key in ("first", "best"))  # no NaN
-        tensors = [*state["model"].values(), *(w for kept in optimizer["state"].values() for w in kept.values())]
-        plain = all(w.layout == torch.strided and w.dtype in STATE_DTYPES and w.isfinite().all() for w in tensors)
-        return losses and plain and shapes == expected and found == moments
-    except (KeyError, IndexError, TypeError, AttributeError, NotImplementedError):  # edited by hand
+        parts = [state["model"], *optimizer["state"].values()]
+        for part in parts:
+            check_tensors(part, path)
+        finite = all(w.dtype in STATE_DTYPES and w.isfinite().all() for part in parts for w in part.values())
+        return losses and finite and shapes == expected and found == moments
+    except (KeyError, IndexError, TypeError, AttributeError, UserError):  # edited by hand
         return False
 
 
@@ -908,7 +948,7 @@ def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> 
     weights = {}
     for name, p in model.named_parameters():
         written = compute if ckpt is None else ckpt.shapes[name].dtype
-        weights[name] = cast(p.detach(), written, name).to(compute)
+        weights[name] = p.detach().to(written).to(compute)  # what overflows shows in the loss
     return from_weights(model.config, weights)
 
 
@@ -921,12 +961,13 @@ def check_finite(step: int, numbers: dict[str, float | None], ckpt: Checkpoint |
     tensors = [name for name, w in (ckpt or {}).items() if not w.isfinite().all()]
     if tensors:
         raise UserError(f"{ckpt.path}: {tensors[0]} holds NaN or Inf ({len(tensors)} such tensors): {bad[0]}")
-    hint = "; --resume with a lower --lr goes on from the newest state; where that ends here too, remove it first"
+    hint = "; --resume with a lower --lr goes on from the newest state, or begins again where there is none; "
+    hint += "where that ends here too, remove the state first"
     raise UserError(" and ".join(bad) + (hint if step > 0 else ""))
 
 
 def shown(loss: float | None) -> str:
-    return "none (no token to predict)" if loss is None else f"{loss:.4f}"
+    return "none (nothing to predict)" if loss is None else f"{loss:.4f}"
 
 
 def write_result(

@@ -26,6 +26,7 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
 import shutil
 import struct
 import tempfile
@@ -64,6 +65,18 @@ def checked_file(path: str | Path) -> Path:
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         what = f"cannot be read: {getattr(e, 'strerror', None) or e}"
     raise UserError(f"{path}: {what}")
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from another that has its name later."""
+    info = os.stat(path)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def check_same(path: Path, opened: tuple[int, ...]) -> None:
+    """UserError unless a file is the one that was opened: a checkpoint is read a tensor at a time, over hours."""
+    if identity(checked_file(path)) != opened:
+        raise UserError(f"{path}: was replaced or written to while it was in use")
 
 
 # What a file may turn out to be in place of what its name says, by its first bytes
@@ -160,19 +173,31 @@ def read_npy(path: str | Path) -> np.ndarray:
     return array
 
 
+def brief(value: Any) -> str:
+    """A value from a file, for a message. repr alone would take for ever with lists of lists that a pickle shares."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 80, 80
+    return short.repr(value)
+
+
 def check_version(value: Any, path: str | Path, known: tuple[int, ...] = (VERSION,)) -> None:
     """UserError unless `value`, what stands as a file's version, is one that this code knows."""
     if type(value) is not int or value not in known:  # type: a bool is an int, and a tensor may be anything
-        found = "no version" if value is None else f"version {str(value)[:20]}"
+        found = "no version" if value is None else f"version {brief(value):.20}"
         raise UserError(f"{path}: has {found}, expected {VERSION}: its layout is another; make it again with this code")
+
+
+def temporary(path: Path) -> Path:
+    """The name under which this process writes what `path` will be."""
+    return path.with_name(f".{path.name}.tmp.{os.uname().nodename}.{os.getpid()}")
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` (for a file or a directory); flushes and renames it if all went well."""
-    path = Path(path)
-    stem = f".{path.name}.tmp.{os.uname().nodename}."
-    tmp = path.with_name(f"{stem}{os.getpid()}")
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
+    tmp = temporary(path)
+    stem = tmp.name.removesuffix(str(os.getpid()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.iterdir():  # what a killed process of this machine has left
@@ -318,11 +343,19 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
     if not file and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{flag} {path}: the directory is not empty; name a new one or remove it")
     try:
+        temporary(target).exists()  # a name may be too long
         existing = next(p for p in path.absolute().parents if p.exists())
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as e:
         raise UserError(f"{flag} {path}: cannot be written: {e.strerror or e}") from None
     return target
+
+
+def check_ours(path: Path, key: str, what: str) -> None:
+    """UserError, which begins with `what`, if a JSON file is there that holds no `key`, and so is none of the kind that
+    would replace it."""
+    if path.exists() and key not in read_json(path, dict):
+        raise UserError(f"{what} would overwrite {path}, which is a file of another kind")
 
 
 def digest(*parts: Any) -> str:
@@ -626,18 +659,24 @@ def torch_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
         state = state[key]
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    check_tensors(state, path)
+    return state
+
+
+def check_tensors(state: dict, path: str | Path) -> None:
+    """UserError unless everything in a dict from a PyTorch file is a plain tensor under a name, and in the file."""
     for name, w in state.items():
         plain = isinstance(w, Tensor) and w.layout == torch.strided and not (w.is_meta or w.is_quantized)
         if not isinstance(name, str) or not plain:
-            raise UserError(f"{path}: its state dict holds {name}, which is no plain tensor")
-        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= path.stat().st_size:
+            raise UserError(f"{path}: its state dict holds {brief(name)}, which is no plain tensor")
+        if not w.numel() * w.element_size() <= w.untyped_storage().nbytes() <= os.stat(path).st_size:
             raise UserError(f"{path}: {name} of shape {[*w.shape]} is larger than what is stored of it")
-    return state
 
 
 def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Tensors:
     """The tensors of a PyTorch file, which is mapped anew now and then: see `REMAP`. One of before 1.6, which cannot be
     mapped, is read once and kept."""
+    opened = identity(path)
     state, legacy = torch_state(path, key), is_legacy(path)
     nbytes = 0
 
@@ -646,6 +685,7 @@ def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Ten
         if legacy:
             return state[name].clone()
         if nbytes > remap or name not in state:
+            check_same(path, opened)
             state, nbytes = torch_state(path, key), 0
         w = state.pop(name)
         nbytes += w.nbytes
@@ -668,8 +708,8 @@ def open_pt(path: Path) -> Checkpoint:
         if not isinstance(data[key], kind):
             raise UserError(f"{path}: its {key} is a {type(data[key]).__name__}")
     for name, content in data["files"].items():
-        if not travels(str(name)) or not isinstance(content, bytes):
-            raise UserError(f"{path}: holds the file {name!r}, none that travels with a model")
+        if not isinstance(name, str) or not travels(name) or not isinstance(content, bytes):
+            raise UserError(f"{path}: holds the file {brief(name)}, none that travels with a model")
     ckpt = Checkpoint(path, data["config"], unpacked_tensors(path, torch_tensors(path, "model"), data["packed"]))
     ckpt.tokenizer, ckpt.files, ckpt.history = data["tokenizer"], data["files"], checked_history(data["history"], path)
     return ckpt
@@ -696,7 +736,7 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
             ):
                 meta = torch.empty(m, n, dtype=values.dtype, device="meta")
             case _:
-                raise UserError(f"{path}: {name!r:.80} is no packed weight of shape {shape!r:.80}: the file is damaged")
+                raise UserError(f"{path}: {name} is no packed weight of shape {brief(shape)}: the file is damaged")
         if values.dim() != 1:
             raise UserError(f"{path}: {name} has survivors of shape {[*values.shape]}: the file is damaged")
         tensors[name] = meta, functools.partial(get, name, n)
@@ -815,14 +855,16 @@ def no_duplicates(pairs: list) -> dict:
 
 def safetensors_tensors(path: Path) -> Tensors:
     """The tensors of a .safetensors file."""
-    return {
-        name: (torch.empty(shape, dtype=dtype, device="meta"), functools.partial(map_tensor, path, dtype, shape, a, b))
-        for name, (dtype, shape, a, b) in safetensors_index(path).items()
-    }
+    opened, tensors = identity(path), {}
+    for name, (dtype, shape, a, b) in safetensors_index(path).items():
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+        tensors[name] = meta, functools.partial(map_tensor, path, opened, dtype, shape, a, b)
+    return tensors
 
 
-def map_tensor(path: Path, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
+def map_tensor(path: Path, opened: tuple, dtype: torch.dtype, shape: list[int], first: int, end: int) -> Tensor:
     """A tensor over the bytes [first, end) of a file, read when touched and unmapped when freed."""
+    check_same(path, opened)
     try:
         data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[first:end]
     except RuntimeError as e:
@@ -855,7 +897,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], shapes: dict[st
 
 def open_hf(path: Path) -> Checkpoint:
     """config.json, with the weights that transformers takes: one file, what an index names, or a set of shards."""
-    tensors = {}
+    config, tensors = read_json(path / "config.json", dict), {}
+    check_stored_dense(config, path)  # before the weights, whose dtypes would be refused without the cause
     for file, names in hf_files(path).items():
         found = torch_tensors(path / file) if file.endswith(".bin") else safetensors_tensors(path / file)
         for name, entry in found.items():
@@ -866,9 +909,29 @@ def open_hf(path: Path) -> Checkpoint:
             if name in tensors:
                 raise UserError(f"{path / file}: {name} stands in another file too")
             tensors[name] = entry
-    ckpt = Checkpoint(path, read_json(path / "config.json", dict), tensors)
+    ckpt = Checkpoint(path, config, tensors)
     read_beside(path, ckpt)
     return ckpt
+
+
+def check_stored_dense(config: dict, source: str | Path) -> None:
+    """UserError for a config.json of quantized weights. A quantization_config may say that none is, and that sparse
+    ones are stored with their zeros, as llm-compressor can leave a 2:4 model."""
+    for key in ("quantization_config", "compression_config"):  # the latter is llm-compressor's older name
+        match config.get(key):
+            case None:
+                continue
+            case {"sparsity_config": {"format": "dense"}, **more} if not (
+                more.get("config_groups") or more.get("kv_cache_scheme")
+            ):
+                continue
+            case {"quant_method": method}:
+                by = brief(method)
+            case _:
+                by = "an unknown method"
+        raise UserError(
+            f"{source}: config: {key}: its weights are stored by {by}, expected plain ones; decompress the model first"
+        )
 
 
 def hf_files(path: Path) -> dict[str, set[str] | None]:
@@ -895,7 +958,8 @@ def hf_files(path: Path) -> dict[str, set[str] | None]:
                 check_shards(path, [f"{before}{i:05}{after}" for i in range(1, int(n) + 1)], found[0])
             return dict.fromkeys(found)
     hint = "; DeepSpeed's zero_to_fp32.py makes them of its states" if (path / "zero_to_fp32.py").exists() else ""
-    raise UserError(f"{path}: holds config.json but neither model*.safetensors nor pytorch_model*.bin{hint}")
+    usual = "none of model.safetensors, model-*.safetensors, pytorch_model.bin, pytorch_model-*.bin"
+    raise UserError(f"{path}: holds config.json but {usual}{hint}")
 
 
 def check_shards(path: Path, files: Iterable[str], source: str) -> None:
@@ -943,7 +1007,14 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], sh
 # The keys of params.json that are understood; any other could change the function. Mistral's three are its own.
 MISTRAL_KEYS = {"head_dim", "hidden_dim", "sliding_window"}
 META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
-META_KEYS |= {"rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size", *MISTRAL_KEYS}
+META_KEYS |= {
+    "rope_theta",
+    "use_scaled_rope",
+    "max_seq_len",
+    "max_position_embeddings",
+    "max_batch_size",
+    *MISTRAL_KEYS,
+}
 # Frequencies that LLaMA's files hold beside the weights: LLaMA-1's in every layer, LLaMA-2's once
 LAYER_FREQS, MODEL_FREQS = "layers.{}.attention.inner_attention.rope.freqs", "rope.freqs"
 META_NAMES = {
@@ -969,7 +1040,7 @@ def open_meta(path: Path) -> Checkpoint:
     params = read_json(path / "params.json", dict)
     for key in params.keys() - META_KEYS:
         if params[key] not in (None, False):
-            what = f"{key} is {params[key]!r:.80}, which may change the function and is not understood"
+            what = f"{key} is {brief(params[key])}, which may change the function and is not understood"
             raise UserError(f"{path}/params.json: {what}; expected LLaMA's keys")
     files = sorted(path.glob("consolidated.*.pth"))
     if files:
@@ -1036,8 +1107,9 @@ def meta_length(params: dict, names: Iterable[str]) -> int | None:
     """The length that a model was trained on, which Meta's params.json does not hold: from what does determine it, the
     settings and the names of the tensors, or None. (norm_eps does not: LLaMA 65B has LLaMA-2's.)"""
     theta = params.get("rope_theta") or 10000.0
-    if params.get("max_seq_len"):  # a key of our own
-        return params["max_seq_len"]
+    for key in ("max_seq_len", "max_position_embeddings"):  # a key of our own, and one of Mistral's
+        if params.get(key):
+            return params[key]
     if params.get("use_scaled_rope"):  # LLaMA 3.1 to 3.3
         return 131072
     if params.keys() & MISTRAL_KEYS:  # whose theta of 1e6 stands for another length than CodeLlama's

@@ -33,6 +33,7 @@ from data.checkpoint import (
     atomic,
     check_out,
     hf_to_meta,
+    identity,
     lock,
     map_tensor,
     meta_to_hf,
@@ -42,6 +43,7 @@ from data.checkpoint import (
     safetensors_index,
     write_checkpoint,
     write_json,
+    write_safetensors,
 )
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_dict, config_to_dict, load, open_llama, save, tokenizer_of
@@ -176,7 +178,7 @@ def test_other_weights_beside_the_models_are_left_alone(directory, model):
 
 
 def read_safetensors(path):
-    return {name: map_tensor(path, *entry) for name, entry in safetensors_index(path).items()}
+    return {name: map_tensor(path, identity(path), *entry) for name, entry in safetensors_index(path).items()}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
@@ -795,7 +797,7 @@ DEEP = "[" * 10**5 + "]" * 10**5
         (lambda d: (d / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{]"), "header is not JSON"),
         (lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 200000) + DEEP.encode()), "not JSON"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x16" + bytes(7) + b'{"a": null, "a": null}'), "not JSON"),
-        (lambda d: (d / "model.safetensors").unlink(), "neither model"),
+        (lambda d: (d / "model.safetensors").unlink(), "none of model.safetensors"),
         (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir()), "is a directory"),
         (lambda d: twice(d), "stands in another file too"),
         (lambda d: (d / "tokenizer.model").write_bytes(b"junk"), "sentencepiece"),
@@ -837,7 +839,7 @@ def part(folder: Path, i: int) -> dict:
             "do not fit",
         ),
         (lambda d: torch.save([1], d / "consolidated.01.pth"), "holds a list, expected a state dict"),
-        (lambda d: torch.save({"x": 1}, d / "consolidated.01.pth"), "holds x, which is no plain tensor"),
+        (lambda d: torch.save({"x": 1}, d / "consolidated.01.pth"), "holds 'x', which is no plain tensor"),
     ],
 )
 def test_a_damaged_meta_directory_is_named(model, tmp_path, harm, words):
@@ -879,7 +881,7 @@ for _ in range(26):
         ({"files": {".bashrc": b"x"}}, "holds the file '.bashrc'"),
         ({"files": {"LICENSE": "x"}}, "holds the file 'LICENSE'"),
         ({"model": [1]}, "holds a list, expected a state dict"),
-        ({"model": {NORM: 1}}, "holds model.norm.weight, which is no plain tensor"),
+        ({"model": {NORM: 1}}, "holds 'model.norm.weight', which is no plain tensor"),
         ({"model": {3: torch.ones(1)}}, "holds 3, which is no plain tensor"),
         ({"model": {NORM: torch.ones(32).to_sparse()}}, "no plain tensor"),
         ({"model": {NORM: torch.empty(32, device="meta")}}, "no plain tensor"),
@@ -1068,10 +1070,65 @@ def test_a_missing_shard_is_named(directory, model, index, lost):
         open_llama(directory)
 
 
+@pytest.mark.parametrize("name", ("model.pt", "model"))
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(model, tmp_path, name):
+    save(model, tmp_path / name)
+    ckpt = open_checkpoint(tmp_path / name)
+    before = ckpt["model.norm.weight"].clone()
+    assert ckpt["model.norm.weight"].equal(before)
+    save(model, tmp_path / "other.pt")
+    save(model, tmp_path / "other")
+    if name == "model":
+        os.replace(tmp_path / "other" / "model.safetensors", tmp_path / name / "model.safetensors")
+    else:
+        os.replace(tmp_path / "other.pt", tmp_path / name)
+    with pytest.raises(UserError, match="was replaced or written to while it was in use"):
+        ckpt["model.norm.weight"]
+
+
+@pytest.mark.parametrize("place", ("version", "hidden_act", "rope_type", "packed", "files"))
+def test_lists_that_a_pickle_shares_are_refused_at_once(model, tmp_path, place):
+    """45 lists in each other: 2**45 items to print."""
+    bomb = ["x"]
+    for _ in range(45):
+        bomb = [bomb, bomb]
+    save(model, tmp_path / "model.pt")
+    data = torch.load(tmp_path / "model.pt")
+    changes = {"version": bomb, "packed": {NORM: bomb}, "files": {"NOTICE": bomb}}
+    config = {"hidden_act": bomb} if place == "hidden_act" else {"rope_scaling": {"rope_type": bomb}}
+    torch.save(
+        {**data, place: changes[place]} if place in changes else {**data, "config": {**data["config"], **config}},
+        tmp_path / "bomb.pt",
+    )
+    done = command("--ckpt", tmp_path / "bomb.pt", "--info")  # within a minute
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_link_is_written_through_and_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "disk" / "real.json")
+    write_json(tmp_path / "link.json", 3)
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "disk" / "real.json").read_text() == "3\n"
+
+
+def test_a_name_that_is_too_long_to_be_written_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        check_out(tmp_path / f"{240 * 'n'}.pt")
+
+
+def test_quantized_weights_are_named_before_their_dtypes(directory):
+    write_safetensors(directory / "model.safetensors", {NORM: torch.ones(4)})
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"I32"'))
+    edit(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match="quantization_config: its weights are stored by 'gptq'"):
+        open_checkpoint(directory)
+
+
 def test_what_is_beside_the_point_in_a_directory_without_weights_is_said(directory):
     (directory / "model.safetensors").unlink()
     (directory / "zero_to_fp32.py").touch()
-    with pytest.raises(UserError, match="holds config.json but neither .*; DeepSpeed's zero_to_fp32.py makes them"):
+    with pytest.raises(UserError, match="holds config.json but none of .*; DeepSpeed's zero_to_fp32.py makes them"):
         open_llama(directory)
     (directory / "model.safetensors").symlink_to("blobs/gone")
     with pytest.raises(UserError, match="model.safetensors: cannot be read: No such file"):

@@ -477,19 +477,20 @@ def test_aggregates_are_lm_evals():
         results[variant] = {"acc": 0.0, "acc_stderr": 0.0, "n": 1000}  # tasks of other names are other tasks
     assert len(set(evaluate.MMLU)) == 57
     mmlu = aggregates(results)
-    assert mmlu["mmlu"]["acc"] == pytest.approx(8 / 16)
-    assert mmlu["mmlu, mean of subjects"]["acc"] == pytest.approx((0.3 + 5 / 6) / 2)
+    two = "mmlu (2 of 57 subjects)"  # lm-eval's `mmlu` is all of them
+    assert mmlu[two]["acc"] == pytest.approx(8 / 16) and "mmlu" not in mmlu
+    assert mmlu[f"{two}, mean of subjects"]["acc"] == pytest.approx((0.3 + 5 / 6) / 2)
     se = [math.sqrt(p * (1 - p) / (n - 1)) for p, n in ((0.3, 10), (5 / 6, 6))]
     pooled = (9 * se[0] ** 2 * 10 + 5 * se[1] ** 2 * 6) / (16 - 2) / 16
-    assert mmlu["mmlu"]["acc_stderr"] == pytest.approx(math.sqrt(pooled))
+    assert mmlu[two]["acc_stderr"] == pytest.approx(math.sqrt(pooled))
     seven = {task: {"acc": i / 10} for i, task in enumerate(evaluate.SEVEN)}
     assert aggregates(seven)["average of seven"]["acc"] == pytest.approx(0.3)
     assert "average of seven" not in aggregates({k: v for k, v in seven.items() if k != "rte"})
 
 
 def test_subjects_of_one_document_have_no_error():
-    results = {f"mmlu_{name}": evaluate.summarise([{"acc": 1.0}]) for name in ("anatomy", "virology")}
-    assert aggregates(results)["mmlu"] == {"acc": 1.0, "acc_stderr": None, "n": 2}
+    results = {f"mmlu_{name}": evaluate.summarise([{"acc": 1.0}]) for name in evaluate.MMLU}
+    assert aggregates(results)["mmlu"] == {"acc": 1.0, "acc_stderr": None, "n": 57}
 
 
 def test_a_word_perplexity_beyond_a_float_is_none():
@@ -932,7 +933,7 @@ def with_arguments(arguments, **more) -> dict:
         ([record(0, "q", ["a", "b"], doc={"choices": ["a", "b", "c"]})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], doc={"choices": {"text": ["a", "b", "c"]}})], "a choice was lost"),
         ([record(0, "q", ["a", "b"], None)], "no gold"),
-        ([record(0, "q", ["a", "b"], "[1,")], "not a list"),
+        ([record(0, "q", ["a", "b"], "[1,")], "not a list"),  # but "[A] z" is a text: see below
         ([record(0, "q", ["a", "b"], "[" * 10**5)], "not a list"),
         (
             [record(0, ["q a", "q b"], ["t", "t"], "t")],
@@ -987,6 +988,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "samples_t.jsonl", made_up())
     (tmp_path / "samples_t.json").write_text(json.dumps(made_up()))
+    (tmp_path / "config.json").write_text('{"vocab_size": 3}')
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blob.txt").write_bytes(b"\xff\xfe")
     for parent in ("a", "b"):
@@ -1024,6 +1026,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("--tasks samples_t.jsonl --log_samples blob.txt", "--log_samples blob.txt/samples_t.jsonl: cannot be written"),
         ("--tasks samples_t.json --out samples_t.json", "would be overwritten"),
         ("--tasks samples_t.jsonl --log_samples .", "would be overwritten"),
+        ("--ppl a/text.txt --out config.json", "--out config.json: the results would overwrite config.json, which is"),
     ],
 )
 def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatch, flags, words):
@@ -1031,6 +1034,36 @@ def test_a_wrong_flag_is_one_line(random_checkpoint, folder, refused, monkeypatc
     before = (folder / "samples_t.json").read_bytes()
     assert words in refused(random_checkpoint, "r.json", *flags.split())
     assert not (folder / "r.json").exists() and (folder / "samples_t.json").read_bytes() == before
+
+
+def test_a_text_that_begins_as_a_list_is_a_text(tmp_path):
+    write(tmp_path / "samples_t.jsonl", [record(0, "q", ["a", "b"], "[A] z"), record(1, "q", ["[B] y", "b"], "[B] y")])
+    _, documents = read_task(tmp_path / "samples_t.jsonl")
+    assert [document.gold for document in documents] == [{-100}, {0}]
+
+
+def test_a_page_is_wikitexts_and_its_words_are_those_that_were_logged(tmp_path):
+    page = {"doc_id": 0, "doc": {"text": "one two three", "page": "1"}, "arguments": [["one two three"]], "target": ""}
+    write(tmp_path / "samples_w.jsonl", [{**page, "word_perplexity": [-9.0, 3], "byte_perplexity": [-9.0, 13]}])
+    assert read_task(tmp_path / "samples_w.jsonl")[1][0].page == "one two three"
+    write(tmp_path / "samples_w.jsonl", [{**page, "word_perplexity": [-9.0, 4]}])
+    with pytest.raises(UserError, match="word_perplexity was logged over 4, and its text has 3"):
+        read_task(tmp_path / "samples_w.jsonl")
+
+
+def test_contexts_that_do_not_fit_the_model_are_counted_and_bos_is_said_of_contexts_alone(
+    random_checkpoint, folder, main, capsys
+):
+    long = made_up()
+    for choice in long[0]["arguments"].values():
+        choice["arg_0"] = 50 * "bada kimu " + choice["arg_0"]
+    write(folder / "samples_long.jsonl", long)
+    main(random_checkpoint, "r.json", "--tasks", "samples_long.jsonl", "--ppl", "a/text.txt", "--seqlen", 64)
+    out, err = capsys.readouterr()
+    which = f"note: --tasks: 1 of {len(long)} documents of long have more than 128 tokens: cut from the left"
+    assert which in err and "BOS not added to contexts\n" in out
+    main(random_checkpoint, "r.json", "--ppl", "a/text.txt", "--seqlen", 64)  # over results, which it may replace
+    assert "BOS" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -158,15 +158,15 @@ def command(name: str, inputs: Path, out: Path) -> list[str]:
 def results(out: Path) -> dict[str, bytes]:
     """What a command has left, without times and settings: those of an interrupted run may differ."""
     found = {}
-    older = sorted(out.glob("run/step-*.pt"))[:-2]  # one that could not be removed
-    for file in sorted({*out.rglob("*")} - {*older}):
+    older = sorted(out.glob("run/step-*[0-9].pt"))[:-2]  # one that could not be removed
+    for file in sorted({*out.rglob("*")} - {*older, *(state.with_suffix(".adapter.pt") for state in older)}):
         name = str(file.relative_to(out))
         if file.is_dir() or file.name == ".lock" or (file.name == "config.json" and name.startswith("run/")):
             continue
         data = file.read_bytes()
         if name.endswith("log.jsonl"):
             data = re.sub(rb'"(tokens_per_second|peak_memory)": [\d.e+]+', b"", data)
-        if "/step-" in name:  # a tuple of AdamW's comes back as a list: other bytes, the same state
+        if re.search(r"/step-\d+\.pt", name):  # a tuple of AdamW's comes back as a list: other bytes, the same state
             state = torch.load(file)
             data = b"".join(w.numpy().tobytes() for w in state["model"].values()) + str(state["best"]).encode()
         found[name] = data

@@ -267,6 +267,14 @@ def test_every_zero_counts_and_a_group_ends_with_its_row(rows, columns):
     assert sparsity_of(weight) == (pytest.approx(0.5 - 1 / weight.numel(), abs=1e-12), None)
 
 
+def test_a_tied_model_that_was_saved_without_its_head_loads(tmp_path):
+    theirs = hf_model(tie_word_embeddings=True)
+    theirs.model.save_pretrained(tmp_path / "hf")  # names without "model."
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "hf")[0](tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_directory_that_others_pruned_is_recognised(tmp_path):
     theirs = hf_model(num_key_value_heads=2)
     prune_by_magnitude(theirs, 2, 4)  # and stored dense, as Wanda's and SparseGPT's codes do
@@ -278,6 +286,31 @@ def test_a_directory_that_others_pruned_is_recognised(tmp_path):
 
 OLD = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
 NEW = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("length, where", [(32, "inside"), (64, "outside"), (64, "inside, outside"), (256, "")])
+def test_the_original_length_of_llama_3s_scaling_is_where_transformers_finds_it(tmp_path, length, where):
+    """Outside before inside; where it is in neither, it is the model's own length."""
+    scaling = {**SHAPES["llama3"]["rope_scaling"]}
+    del scaling["original_max_position_embeddings"]
+    theirs = hf_model(max_position_embeddings=256, rope_scaling={**scaling, "original_max_position_embeddings": 64})
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"]}
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    if "inside" in where:
+        config["rope_parameters"]["original_max_position_embeddings"] = 32
+    if "outside" in where:
+        config["original_max_position_embeddings"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+        ours = load(tmp_path)[0]
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=1e-4)
+    assert ours.config.rope_scaling["original_max_position_embeddings"] == length
 
 
 @pytest.mark.parametrize("keys", (OLD, NEW), ids=("old", "new"))
@@ -547,6 +580,29 @@ def test_info_is_one_screen_and_json(random_checkpoint):
     assert about["linears"]["q_proj"] == {"sparsity": 0.0, "pattern": None} and about["parameters"] > 0
 
 
+def test_the_pattern_of_layers_that_differ_is_the_one_that_all_have(model, tmp_path):
+    for i, n in enumerate((1, 2)):
+        prune_by_magnitude(model.model.layers[i], n, 4)
+    save(model, tmp_path / "mixed.pt")
+    assert {line["pattern"] for line in describe(*open_llama(tmp_path / "mixed.pt"))["linears"].values()} == {"2:4"}
+
+
+def test_a_model_without_a_tokenizer_is_given_one(model, tokenizer_file, tmp_path):
+    save(model, tmp_path / "bare.pt")
+    assert "no tokenizer" in command("--ckpt", tmp_path / "bare.pt", "--info").stdout
+    flags = ("--ckpt", tmp_path / "bare.pt", "--tokenizer", tokenizer_file)
+    assert command(*flags, "--out", tmp_path / "whole.pt").returncode == 0
+    said = command("--ckpt", tmp_path / "whole.pt", "--prompt", "bada", "--max_new_tokens", 3)
+    assert said.returncode == 0 and said.stdout.startswith("bada")
+    assert same(open_checkpoint(tmp_path / "whole.pt"), open_checkpoint(tmp_path / "bare.pt"))
+    assert "--tokenizer: goes into --out" in command(*flags, "--info").stderr
+
+
+def test_a_temperature_near_0_is_greedy(model):
+    tokens = [3, 5, 8]
+    assert [*generate(model, tokens, 9, temperature=1e-42)] == [*generate(model, tokens, 9)]
+
+
 def test_a_prompt_goes_on_as_its_flags_say(random_checkpoint, monkeypatch, capsys):
     def says(*flags):
         line = ["model.py", "--ckpt", random_checkpoint, "--prompt", "bada", "--max_new_tokens", 9, *flags]
@@ -638,7 +694,10 @@ def no_bos(tokenizer_file):
             ["--out", "./random.pt", "--ckpt", "random.pt"],
             "--out random.pt: would be overwritten, and it is an input",
         ),
-        (["--prompt", "x", "--ckpt", "BARE"], "--ckpt BARE: has no tokenizer; put tokenizer.model or tokenizer.json"),
+        (
+            ["--prompt", "x", "--ckpt", "BARE"],
+            "BARE: has no tokenizer; `model.py --ckpt BARE --tokenizer DENSE_MODEL --out NEW` gives it",
+        ),
         (["--prompt", "x", "--ckpt", "WINDOW"], "more than the model's sliding window of 16"),
         (["--prompt", "", "--ckpt", "NOBOS"], "is empty, and the tokenizer has no token to begin with"),
     ],
@@ -702,7 +761,7 @@ cli(main)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == (
-        "model.py: error: a checkpoint became shorter while it was read; is it being copied, or written anew?\n"
+        "model.py: error: a checkpoint or prepared data became shorter while it was read; is it being copied, or written anew?\n"
     )
 
 

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import prune
 from data.checkpoint import VERSION, UserError, lock_partial, open_checkpoint
 from model import Llama, cli, load, open_llama, save
 from prune import METHODS, Statistics, format_sparsity, keep_mask, parse_sparsity, prune_model, sparsegpt
+from spp import inject
 
 
 def targets(model: Llama) -> dict[str, torch.Tensor]:
@@ -594,10 +597,48 @@ def test_what_a_link_points_to_is_written_and_the_link_stays(random_checkpoint, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "big.json", "big.pt", "link", "link.pt"]
 
 
+@pytest.mark.parametrize("said", [(4, 2), (0, 4), 1.5, 1, True, -0.5, None, [2, 4], math.nan])
+def test_what_a_function_says_of_a_linear_is_checked_as_the_flag_is(model, calib, said):
+    before = {name: w.clone() for name, w in targets(model).items()}
+    with pytest.raises(UserError, match="--sparsity .*: expected a share of zeros such as 0.5, or N:M"):
+        prune_model(model, calib, "wanda", lambda name: said)
+    assert all(w.equal(before[name]) for name, w in targets(model).items())
+
+
+def test_a_model_with_adapters_is_not_pruned(model, calib):
+    with pytest.raises(UserError, match="the model has adapters: merge them before pruning"):
+        prune_model(inject(model, r=2), calib)
+
+
+@pytest.mark.parametrize("before, after", [("0.3", "0.5"), ("2:4", "1:4")])
+def test_dsnot_on_a_sparse_model_takes_no_more_than_was_asked_for(model, calib, before, after):
+    """A weight that was 0 before cannot be taken back: nothing would go in return for nothing."""
+    prune_model(model, calib, "wanda", before)
+    old = {name: w == 0 for name, w in targets(model).items()}
+    prune_model(model, calib, "wanda", after, dsnot_cycles=20)
+    for name, w in targets(model).items():
+        share = {"0.5": 0.5, "1:4": 0.75}[after]
+        assert (w == 0).sum(1).eq(int(w.shape[1] * share)).all() and not w[old[name]].any(), name
+
+
+def test_a_pipe_among_the_pruned_blocks_is_no_block(random_checkpoint, calib_file, tmp_path, monkeypatch, run_here):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "finish", interrupt)
+        assert run_here(random_checkpoint, tmp_path / "out.pt", calib_file)[0] == 130
+    block = next((tmp_path / "out.pt.partial").glob("model-00001*"))
+    block.unlink()
+    os.mkfifo(block)
+    status, _ = run_here(random_checkpoint, tmp_path / "out.pt", calib_file)
+    assert status == 0 and (tmp_path / "out.pt").exists()
+
+
 def test_a_file_that_is_no_report_is_not_overwritten_by_one(random_checkpoint, calib_file, tmp_path, run_here):
     (tmp_path / "alpaca.json").write_text('{"precious": 1}')
     status, error = run_here(random_checkpoint, tmp_path / "alpaca.pt", calib_file)
-    assert status == 2 and "alpaca.json, which is no report of prune.py" in error
+    assert status == 2 and "alpaca.json, which is a file of another kind" in error
     assert [path.name for path in tmp_path.iterdir()] == ["alpaca.json"]
 
 

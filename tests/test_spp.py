@@ -319,8 +319,55 @@ def test_merge_keeps_every_zero_and_the_function(pruned, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_keeps_the_dtype_of_the_weights(pruned, method):
     stir(inject(pruned.bfloat16(), method=method, r=4))
+    if method == "dynamic":
+        with pytest.raises(UserError, match="no dynamic layer has a mask yet"):  # merged, it would be dense
+            merge(pruned)
+        train.update_masks(pruned, 0.5)
     merge(pruned)
     assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_is_not_injected_twice_and_not_saved_before_it_is_merged(pruned, tmp_path):
+    inject(pruned, r=4)
+    with pytest.raises(UserError, match="has no nn.Linear named q_proj or .*; were they swapped already?"):
+        inject(pruned, r=4)
+    assert any(p.requires_grad for p in pruned.parameters())
+    with pytest.raises(UserError, match="model.pt: the model has model.*, which is not a LLaMA's; merge its adapters"):
+        save(pruned, tmp_path / "model.pt")
+    merge(pruned)
+    save(pruned, tmp_path / "model.pt")
+    pruned.history = [{"method": "mine", "values": [1, 2]}]
+    with pytest.raises(UserError, match="its history is damaged"):  # nobody could read it
+        save(pruned, tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("scale", (0.0, -1.0, math.inf, math.nan))
+def test_a_scale_that_is_none_is_refused(pruned, scale):
+    with pytest.raises(UserError, match="--scale .*: expected a finite number above 0"):
+        inject(pruned, r=4, scale=scale)
+
+
+def test_survivors_that_were_learned_packed_fill_a_model_that_is_not(pruned):
+    learned = inject(copy.deepcopy(pruned), "masked")
+    stir(learned)
+    state = adapter_state(learned)
+    packed = {name: w[w != 0] for name, w in state.items()}
+    load_adapter(inject(pruned, "masked"), packed)
+    assert all(w.equal(state[name]) for name, w in adapter_state(pruned).items())
+    packed["layers.0.mlp.up_proj.weight"] = torch.ones(3)
+    with pytest.raises(UserError, match="layers.0.mlp.up_proj.weight: has 3 survivors"):
+        load_adapter(pruned, packed)
+
+
+def test_an_adapter_larger_than_its_file_is_refused(pruned, tmp_path):
+    """11 kB that ask for 40 GB."""
+    save(pruned, tmp_path / "pruned.pt")
+    ckpt = open_checkpoint(tmp_path / "pruned.pt")
+    state = {name: torch.zeros(1).expand(10**10) for name in adapter_state(inject(pruned, "masked"))}
+    write_adapter(tmp_path / "adapter.pt", {}, ckpt.fingerprint(), "masked", 4, 2.0)
+    torch.save({**torch.load(tmp_path / "adapter.pt"), "adapter": state}, tmp_path / "adapter.pt")
+    with pytest.raises(UserError, match="is larger than what is stored of it"):
+        read_adapter(tmp_path / "adapter.pt", ckpt)
 
 
 def test_lora_merged_without_its_mask_is_dense(pruned):
@@ -516,8 +563,8 @@ ALPHA = "layers.1.mlp.up_proj.alpha"
         ({"adapter": {ALPHA: None}}, f"{ALPHA} is missing"),
         ({"adapter": {"layers.9.mlp.up_proj.beta": torch.zeros(96)}}, "layers.9.mlp.up_proj.beta is of no linear of"),
         ({"adapter": {"lm_head.alpha": torch.zeros(4, 32)}}, "lm_head.alpha is of no linear of .*pruned.pt"),
-        ({"adapter": {3: torch.zeros(1)}}, "3 is of no linear of .*pruned.pt"),
-        ({"adapter": {ALPHA: 1.0}}, f"{ALPHA} is no plain tensor, expected floats of shape"),
+        ({"adapter": {3: torch.zeros(1)}}, "holds 3, which is no plain tensor"),
+        ({"adapter": {ALPHA: 1.0}}, f"holds '{ALPHA}', which is no plain tensor"),
         ({"adapter": {ALPHA: torch.zeros(4, 31)}}, rf"{ALPHA} is torch.float32 of shape \[4, 31\], expected floats"),
         (
             {"adapter": {ALPHA: torch.zeros(4, 32).int()}},
@@ -525,8 +572,8 @@ ALPHA = "layers.1.mlp.up_proj.alpha"
         ),
         ({"adapter": {ALPHA: torch.full((4, 32), math.nan)}}, f"{ALPHA} holds NaN or Inf"),
         ({"adapter": {ALPHA: torch.full((4, 32), -math.inf)}}, f"{ALPHA} holds NaN or Inf"),
-        ({"adapter": {ALPHA: torch.zeros(4, 32).to_sparse()}}, f"{ALPHA} is no plain tensor"),
-        ({"adapter": {ALPHA: torch.zeros(4, 32, device="meta")}}, f"{ALPHA} is no plain tensor"),
+        ({"adapter": {ALPHA: torch.zeros(4, 32).to_sparse()}}, f"holds '{ALPHA}', which is no plain tensor"),
+        ({"adapter": {ALPHA: torch.zeros(4, 32, device="meta")}}, f"holds '{ALPHA}', which is no plain tensor"),
     ],
 )
 def test_an_adapter_that_is_not_whole_is_refused_in_one_line(saved, changes, words):
