@@ -78,7 +78,7 @@ def peer(args: argparse.Namespace, form: str) -> nn.Module:
         theirs = transformers.LlamaForCausalLM(config).to(getattr(torch, args.dtype))
     theirs.to_empty(device=args.device)
     theirs.load_state_dict(model.state_dict(), strict=False)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config, device=args.device)  # buffers are in no checkpoint
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(args.device)  # buffers are in no checkpoint
     if form == "peft":
         import peft
 

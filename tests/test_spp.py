@@ -236,6 +236,20 @@ def test_a_weight_costs_12_to_16_bytes_of_memory_traffic():
     assert 12 * m * n <= 2 * forming + reducing <= 16 * m * n + 3 * small
 
 
+@pytest.mark.stress
+@pytest.mark.parametrize("zeros, expected", [(0.5, 30), (0.75, 28)])
+def test_a_packed_weight_costs_twice_as_much_memory_traffic_as_a_dense_one(monkeypatch, zeros, expected):
+    """With the places of survivors, as a GPU takes them: why --packed is no default."""
+    monkeypatch.setattr(spp, "unpack", unpack_by_places)
+    r, m, n = 16, 1024, 1024
+    W = torch.randn(m, n).bfloat16()
+    values, bits = pack(W.masked_fill_(torch.rand(m, n) < zeros, 0))
+    G, alpha, beta = torch.randn(r, m // r, n).bfloat16(), torch.randn(r, n), torch.randn(r, m // r)
+    forming = bytes_of(spp.form, values, bits, alpha, beta, 2.0, True)
+    reducing = bytes_of(functools.partial(spp.reduce, one_kernel=True), G, values, bits, alpha, beta, 2.0)
+    assert (2 * forming + reducing) / (m * n) == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "options, alpha_is_0, beta_is_0, at_the_pruned_weight",
     [
