@@ -289,12 +289,12 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
-def in_blocks(size: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cuts alpha (r, n) and tensors of m rows into the r blocks that share an alpha, so that what one makes stays in
-    the cache of a CPU. size: weights at a time, of several small blocks: r = m would otherwise take a minute."""
-    (r, n), m = alpha.shape, len(of_rows[0])
+    the cache of a CPU; several at a time, of about so many rows, where they are small: r = m would take a minute."""
+    r, m = len(alpha), len(of_rows[0])
     views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
-    at_once = max(1, size * r // (m * n))  # blocks of m/r rows
+    at_once = max(1, rows * r // m)  # blocks of m/r rows
     return zip(*(view.split(at_once) for view in views), strict=True)
 
 
@@ -304,7 +304,7 @@ def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scal
     if W.is_cuda:
         return compiled(form)(W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
     W_hat = W.new_empty(m, n)
-    for alpha_k, W_k, beta_k, out in in_blocks(2**19, alpha, unpack(W, bits, n), beta, W_hat):
+    for alpha_k, W_k, beta_k, out in in_blocks(2**19 // n, alpha, unpack(W, bits, n), beta, W_hat):
         form(W_k, None, alpha_k, beta_k, scale, residual, out)
     return W_hat
 
@@ -317,7 +317,7 @@ def spp_gradients(
     if G.is_cuda:
         d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, True)
         return d_alpha, d_beta.flatten()
-    blocks = in_blocks(2**16, alpha, G, unpack(W, bits, n), beta)  # smaller: bmm is fast with one block alone
+    blocks = in_blocks(64, alpha, G, unpack(W, bits, n), beta)  # fewer: bmm is fast with one block alone
     parts = [reduce(G_k, W_k, None, alpha_k, beta_k, scale, False) for alpha_k, G_k, W_k, beta_k in blocks]
     d_alpha, d_beta = zip(*parts, strict=True)
     return torch.cat(d_alpha), torch.cat(d_beta).flatten()
