@@ -15,6 +15,7 @@ need matplotlib.
 dense 65B are exchanged), and takes a file for the model that its folder and name say: llama-7b/wanda_2of8-spp.json.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -224,8 +225,9 @@ def panels(count: int, methods: set[str], note: str) -> tuple["Figure", list]:
     return figure, axes
 
 
-def recovered(rows: list[dict]) -> "Figure":
-    """Average accuracy by sparsity, a panel a pruning method: pruned, and after each way to fine-tune."""
+def recovered(rows: list[dict], perplexity: bool = False) -> "Figure":
+    """Average accuracy, or perplexity, by sparsity, a panel a pruning method: pruned, and after each way to fine-tune."""
+    values = lambda row: row["ppl"] if perplexity else row["columns"]["average"]
     sparse = [row for row in rows if row["sparsity"] != "dense"]
     if not sparse:
         raise UserError("--recovered: there is no pruned model among the results")
@@ -234,20 +236,23 @@ def recovered(rows: list[dict]) -> "Figure":
     note = "dashed: the dense model; lines: ± standard deviation, where there are several seeds"
     figure, axes = panels(len(pruners), {row["tuned"] for row in sparse}, note)
     for ax, pruner in zip(axes, pruners, strict=True):
-        ax.set_title(f"{pruner}: average accuracy, %")
+        ax.set_title(f"{pruner}: {'perplexity' if perplexity else 'average accuracy, %'}")
         ax.set_xticks(range(len(sparsities)), sparsities)
         ax.set_xlabel("sparsity")
-        ax.set_ylim(0, 100)
+        if perplexity:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(0, 100)
         for x, sparsity in enumerate(sparsities):
             group = [row for row in sparse if row["pruner"] == pruner and row["sparsity"] == sparsity]
             left = x - 0.07 * (len(group) - 1)
             for i, row in enumerate(group):
-                seeds, colour = row["columns"]["average"], COLOURS.get(row["tuned"], "silver")
+                seeds, colour = values(row), COLOURS.get(row["tuned"], "silver")
                 error = np.std(seeds, ddof=1) if len(seeds) > 1 else None
-                ax.bar(left + 0.14 * i, row["mean"], 0.13, yerr=error, color=colour, ecolor="dimgray")
+                ax.bar(left + 0.14 * i, np.mean(seeds), 0.13, yerr=error, color=colour, ecolor="dimgray")
         for row in rows:
             if row["method"] == "dense":
-                ax.axhline(row["mean"], color="dimgray", linestyle="--", linewidth=1)
+                ax.axhline(np.mean(values(row)), color="dimgray", linestyle="--", linewidth=1)
     return figure
 
 
@@ -289,6 +294,7 @@ def main():
     parser.add_argument("--paper", choices="2345678", help="the layout and the figures of this table of the paper")
     parser.add_argument("--save", metavar="FILE", help="keep what the table and the pictures need")
     parser.add_argument("--recovered", metavar="FILE.svg", help="draw the accuracy by sparsity")
+    parser.add_argument("--perplexity", metavar="FILE.svg", help="draw the perplexity by sparsity")
     parser.add_argument("--losses", metavar="FILE.svg", help="draw the validation losses against steps")
     args = parser.parse_args()
     if args.paper:
@@ -303,6 +309,8 @@ def main():
         Path(args.save).write_text(f'{{"version": {VERSION}, "records": [\n{lines}\n]}}\n')
     if args.recovered:
         draw(recovered, rows, args.recovered)
+    if args.perplexity:
+        draw(functools.partial(recovered, perplexity=True), rows, args.perplexity)
     if args.losses:
         draw(losses, records, args.losses)
 
