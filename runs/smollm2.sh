@@ -12,10 +12,10 @@
 # Results go to OUT, out/smollm2-short or out/smollm2-full by default. A GPU is used where there is one. Wanda's cells come
 # first; what there is when the script is stopped, bench/tables.py lays out: results_*.json.
 #
-# On one core of a slow CPU a fine-tuning of the short form takes about 20 minutes and an evaluation 5, and so all of it
-# about six hours, the search more than one: estimates, but for Wanda's cells, which were run. The rates come from earlier
-# tries, with another tokenizer, of two or three for each method at Wanda 0.75, LoRA's in 21 steps of 16. The search, of
-# 42 steps of 4 with a seed that no row of the table has, has not been run to its end.
+# On one core of a slow CPU a fine-tuning of the short form takes about 15 minutes and an evaluation 5, and so all of it
+# about six hours, the search more than one: estimates, but for Wanda's cells and SparseGPT's at 2:4, which were run. The
+# rates come from earlier tries, with another tokenizer, of two or three for each method at Wanda 0.75, LoRA's in 21 steps
+# of 16. The search, of 42 steps of 4 with a seed that no row of the table has, has not been run to its end.
 spp_lr=3e-2 lora_lr=5e-3 masked_lr=2e-3
 seeds=0 sparsities="0.75 2:4" nsamples=24 seqlen=512 steps=84 interval=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
 case "$# $2" in
