@@ -842,6 +842,8 @@ def main() -> None:
         raise UserError(f"--out {args.out}: must end in .json")
     for path, flag in outputs.items():
         check_out(path, flag, [args.ckpt, *args.tasks, *args.ppl])
+    for path in logs.values():
+        check_ours(path, "arguments", f"--log_samples {args.log_samples}: the samples")
     check_ours(Path(args.out), "perplexity", f"--out {args.out}: the results")
     ckpt, config = open_llama(args.ckpt)
     dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)

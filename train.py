@@ -92,7 +92,7 @@ from model import (
     tokenizer_of,
 )
 from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
-from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
+from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -269,6 +269,8 @@ def main() -> None:
         check_finite(0, {"validation loss": val_loss}, ckpt)
         if val_loss is not None:
             first = val_loss
+            if args.zero_init == "none":  # random factors have changed the pruned model already
+                first = pruned_loss(model, val, args, ckpt, rank, world)
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
         started = time.perf_counter()
@@ -939,6 +941,18 @@ def validation_loss(
     if world > 1:
         dist.all_reduce(total)
     return total.item() / n_targets
+
+
+def pruned_loss(model: Llama, *more: Any) -> float | None:
+    """`validation_loss` with every beta at 0: that of the checkpoint."""
+    betas = [module.beta for module in model.modules() if isinstance(module, SPPLinear)]
+    values = [beta.detach().clone() for beta in betas]
+    for beta in betas:
+        beta.data.zero_()
+    loss = validation_loss(model, *more)
+    for beta, value in zip(betas, values, strict=True):
+        beta.data.copy_(value)
+    return loss
 
 
 def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> Llama:

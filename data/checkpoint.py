@@ -352,9 +352,13 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
 
 
 def check_ours(path: Path, key: str, what: str) -> None:
-    """UserError, which begins with `what`, if a JSON file is there that holds no `key`, and so is none of the kind that
-    would replace it."""
-    if path.exists() and key not in read_json(path, dict):
+    """UserError, which begins with `what`, if a JSON file is there that holds no `key`, in the first of several lines,
+    and so is none of the kind that would replace it."""
+    if not path.exists():
+        return
+    lines = read_json_lines(path, surrogates=True) if path.suffix == ".jsonl" else iter([("", read_json(path, dict))])
+    _, there = next(lines, ("", {}))
+    if key not in there:
         raise UserError(f"{what} would overwrite {path}, which is a file of another kind")
 
 

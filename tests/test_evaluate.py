@@ -991,6 +991,8 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"vocab_size": 3}')
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blob.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "samples_t.jsonl").write_text('{"mine": 1}\n')
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         (tmp_path / parent / "text.txt").write_text("bada kimu dogu\n" * 100)
@@ -1026,6 +1028,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("--tasks samples_t.jsonl --log_samples blob.txt", "--log_samples blob.txt/samples_t.jsonl: cannot be written"),
         ("--tasks samples_t.json --out samples_t.json", "would be overwritten"),
         ("--tasks samples_t.jsonl --log_samples .", "would be overwritten"),
+        ("--tasks samples_t.jsonl --log_samples c", "--log_samples c: the samples would overwrite c/samples_t.jsonl"),
         ("--ppl a/text.txt --out config.json", "--out config.json: the results would overwrite config.json, which is"),
     ],
 )

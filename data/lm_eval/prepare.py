@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.checkpoint import UserError, atomic, check_out, read_json, read_json_lines  # noqa: E402
+from data.checkpoint import UserError, atomic, check_ours, check_out, read_json, read_json_lines  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
 NAME = r"\w[\w-]*"  # of a task, and so of its file
@@ -291,6 +291,8 @@ def main() -> None:
             raise UserError(f"{args.json or args.task}: document {i} is not of task {args.task}: {e!r}") from None
     inputs = [path for path in (args.json, args.shots, args.config) if path]
     files = {task: check_out(Path(args.out) / f"samples_{task}.jsonl", inputs=inputs) for task in tasks}
+    for path in files.values():
+        check_ours(path, "arguments", f"--out {args.out}: the samples")
     for task, lines in tasks.items():
         with atomic(files[task]) as tmp:
             tmp.write_bytes(b"".join(lines))
