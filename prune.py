@@ -99,6 +99,7 @@ GROUPS = {
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+LINEARS = [name for group in GROUPS.values() for name in group]
 
 SAMPLE = 256  # calibration tokens on which the report measures output errors
 
@@ -212,8 +213,7 @@ def prune_model(
     pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
     check_pattern(pattern, model.config)
     settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
-    names = [name for group in GROUPS.values() for name in group]
-    if not all(isinstance(block.get_submodule(name), nn.Linear) for block in model.model.layers for name in names):
+    if not all(isinstance(block.get_submodule(name), nn.Linear) for block in model.model.layers for name in LINEARS):
         raise UserError("the model has adapters: merge them before pruning")
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
     precision = torch.get_float32_matmul_precision()
@@ -418,7 +418,7 @@ def check_pattern(sparsity: Sparsity | ByName | Callable, config: LlamaConfig) -
         block = Block(config)
     linears = {}  # layers.0.self_attn.q_proj, ... -> its columns
     for i in range(config.num_hidden_layers):
-        for name in [name for group in GROUPS.values() for name in group]:
+        for name in LINEARS:
             linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
     for linear, C in linears.items():
         own = sparsity_of_linear(sparsity, linear)
@@ -639,7 +639,7 @@ def read_inputs(work: Path, config: LlamaConfig, tokens: Tensor) -> dict | None:
         state = torch_load(saved[-1], checksums=True)
         block, x, report = state["block"], state["x"], state["report"]
         whole = saved[-1].name == f"inputs-{block:05}.pt" and x.shape == (*tokens.shape, config.hidden_size)
-        whole = whole and len(report) == sum(map(len, GROUPS.values())) * block
+        whole = whole and len(report) == len(LINEARS) * block
         pruned = [digest(np.memmap(checked_file(shard_file(work, i, config)), mode="r")) for i in range(block)]
         whole = whole and pruned == state["digests"]
     except (UserError, KeyError, TypeError, ValueError, AttributeError, OSError):

@@ -178,8 +178,6 @@ def main() -> None:
         ckpt, config = open_llama(args.ckpt)
     else:
         ckpt, config = None, PRESETS[args.preset]
-    if args.sparsity:
-        check_pattern(parse_sparsity(args.sparsity), config)
     fill_in(args, config, ckpt)
     train, val = read_data(args, config, ckpt, world)
     model = build(args, config)  # on the meta device: under FSDP no process ever holds all of it
@@ -620,7 +618,9 @@ def ablations(args: argparse.Namespace) -> dict:
 
 
 def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
-    """The model with its adapters on the meta device: shapes without memory."""
+    """The model with its adapters on the meta device: shapes without memory. UserError where they do not fit it."""
+    if args.sparsity:
+        check_pattern(parse_sparsity(args.sparsity), config)
     with torch.device("meta"):
         # full: float32, since a step of 2e-5 is less than half a unit in the last place of most bfloat16 weights
         model = Llama(config).to(torch.float32 if args.method == "full" else getattr(torch, args.dtype))

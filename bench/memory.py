@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from data.checkpoint import UserError, packed_size  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, cli, number, open_llama, sparsity_of  # noqa: E402
-from prune import check_pattern, parse_sparsity  # noqa: E402
 from spp import AdapterLinear  # noqa: E402
 
 
@@ -190,8 +189,6 @@ def main():
     train.check_settings(argparse.Namespace(**{**vars(args), "preset": None}))  # shapes need no mask
     ckpt, config = open_llama(args.ckpt) if args.ckpt else (None, PRESETS[args.preset])
     train.fill_in(args, config, ckpt)
-    if args.sparsity:
-        check_pattern(parse_sparsity(args.sparsity), config)
     if args.zeros != parser.get_default("zeros") and (not args.packed or ckpt):
         raise UserError("--zeros: goes with --preset and --packed")
     if ckpt is not None:

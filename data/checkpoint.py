@@ -1011,14 +1011,8 @@ def write_hf_extras(path: Path, ckpt: Checkpoint, weight_map: dict[str, str], sh
 # The keys of params.json that are understood; any other could change the function. Mistral's three are its own.
 MISTRAL_KEYS = {"head_dim", "hidden_dim", "sliding_window"}
 META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
-META_KEYS |= {
-    "rope_theta",
-    "use_scaled_rope",
-    "max_seq_len",
-    "max_position_embeddings",
-    "max_batch_size",
-    *MISTRAL_KEYS,
-}
+META_KEYS |= {"rope_theta", "use_scaled_rope", "max_seq_len", "max_position_embeddings", "max_batch_size"}
+META_KEYS |= MISTRAL_KEYS
 # Frequencies that LLaMA's files hold beside the weights: LLaMA-1's in every layer, LLaMA-2's once
 LAYER_FREQS, MODEL_FREQS = "layers.{}.attention.inner_attention.rope.freqs", "rope.freqs"
 META_NAMES = {

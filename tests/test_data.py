@@ -303,7 +303,7 @@ def test_records_that_the_cut_makes_equal_are_not_held_out(tmp_path, monkeypatch
     (tmp_path / "long.json").write_text(json.dumps(records))
     argv = ("--tokenizer", lossless, "--json", tmp_path / "long.json", "--val", 5, "--max_len", 100)
     call(alpaca, monkeypatch, *argv, "--out", tmp_path / "out")
-    assert "5 of 5 held-out examples are trained on too, once cut" in capsys.readouterr().out
+    assert "5 of 5 held-out records are trained on too: left out" in capsys.readouterr().out
     assert len(np.load(tmp_path / "out" / "val.offsets.npy")) == 1
 
 

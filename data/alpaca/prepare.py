@@ -24,6 +24,7 @@ and so is a last question that has no answer. A file may be one JSON list of rec
 """
 
 import codecs
+import itertools
 import json
 import os
 import shutil
@@ -84,6 +85,7 @@ NOT_READ += ("weight", "image", "images", "video", "videos", "audio", "audios")
 NOT_READ_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
 
 Example = tuple[str, str]  # prompt, answer
+Encoded = tuple[list[int], int]  # an example's tokens, and how many of them are prompt
 
 
 def string(record: dict, key: str, where: str) -> str:
@@ -216,41 +218,33 @@ def read_tokenizer(source: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(records: list[list[Example]], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
-    """The examples of all records as (tokens, how many of them are prompt)."""
+def encode(records: list[list[Example]], tokenizer: Tokenizer, max_len: int) -> list[list[Encoded]]:
+    """The examples of each record, encoded."""
     firsts = [k == 0 for record in records for k in range(len(record))]
     prompts = encode_all(tokenizer, [p for record in records for p, _ in record], "prompts")
     wholes = encode_all(tokenizer, [p + answer for record in records for p, answer in record], "examples")
-    examples = []
+    encoded = []
     for first, p, whole in zip(firsts, prompts, wholes, strict=True):
+        if first:
+            encoded.append([])
         # A piece that spans the end of the prompt and the start of the answer counts as answer.
         shared = 0
         while shared < min(len(p), len(whole)) and p[shared] == whole[shared]:
             shared += 1
         tokens = [tokenizer.bos, *whole, tokenizer.eos[0]][:max_len]
         if first or 1 + shared < len(tokens):  # a later exchange without its answer would repeat the earlier ones
-            examples.append((tokens, min(1 + shared, len(tokens))))
-    return examples
+            encoded[-1].append((tokens, min(1 + shared, len(tokens))))
+    return encoded
 
 
-def drop_known(records: list[list[Example]], others: list[list[Example]], what: str) -> list[list[Example]]:
-    """The records that share no example with the others: a validation loss on what was trained on is none. what: says
-    which records were left out."""
-    known = {example for record in others for example in record}
-    kept = [record for record in records if known.isdisjoint(record)]
+def drop_known(records: list[list[Encoded]], others: list[list[Encoded]], what: str) -> list[list[Encoded]]:
+    """The records that share no example with the others: a validation loss on what was trained on is none. Tokens are
+    compared, since records that differ only at their ends are the same once they are cut. what: says which records were
+    left out."""
+    known = {tuple(tokens) for record in others for tokens, _ in record}
+    kept = [record for record in records if known.isdisjoint(tuple(tokens) for tokens, _ in record)]
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} {what}: left out")
-    return kept
-
-
-def drop_same(examples: list[tuple[list[int], int]], others: list[tuple[list[int], int]]) -> list:
-    """Without those of others' tokens: records that differ only at their ends are the same once they are cut."""
-    known = {tuple(tokens) for tokens, _ in others}
-    kept = [example for example in examples if tuple(example[0]) not in known]
-    if len(kept) < len(examples):
-        print(
-            f"{len(examples) - len(kept)} of {len(examples)} held-out examples are trained on too, once cut: left out"
-        )
     return kept
 
 
@@ -272,8 +266,8 @@ def check_folder(out: str, more: tuple[str, ...] = ()) -> Path:
     return path
 
 
-def write_folder(out: Path, splits: dict[str, list[tuple[list[int], int]]], tokenizer: Tokenizer, meta: dict) -> None:
-    """Writes {"train": examples, "val": examples}, each example (tokens, prompt length), as the folder shown above.
+def write_folder(out: Path, splits: dict[str, list[Encoded]], tokenizer: Tokenizer, meta: dict) -> None:
+    """Writes {"train": examples, "val": examples}, as the folder shown above.
 
     Everything goes to a temporary folder inside `out` first and is renamed at the end, the old meta.json removed before
     and the new one put in last: a run that is killed leaves the old folder, or one without meta.json.
@@ -334,7 +328,6 @@ def main() -> None:
         meta.update(val_source=args.val, val_digest=digest(data))
         if not held_out:
             raise UserError(f"--val {args.val}: holds no records")
-        records = drop_known(records, held_out, "records to train on are held out too")
     elif len(records) < args.val + 1:
         helps = (
             f"a smaller --val, such as {len(records) // 10}, or more records" if len(records) > 9 else "more records"
@@ -345,12 +338,15 @@ def main() -> None:
         )
     else:
         held_out, records = records[: args.val], records[args.val :]
-        held_out = drop_known(held_out, records, "held-out records are trained on too")
-    if not records:
+    train, val = (encode(part, tokenizer, args.max_len) for part in (records, held_out))
+    lost = sum(map(len, records + held_out)) - sum(map(len, train + val))
+    if isinstance(args.val, str):
+        train = drop_known(train, val, "records to train on are held out too")
+    else:
+        val = drop_known(val, train, "held-out records are trained on too")
+    if not train:
         raise UserError(f"{args.json or URL}: has no record that is not held out, and so none to train on")
-    splits = {"train": encode(records, tokenizer, args.max_len), "val": encode(held_out, tokenizer, args.max_len)}
-    lost = sum(len(record) for record in records + held_out) - sum(map(len, splits.values()))
-    splits["val"] = drop_same(splits["val"], splits["train"])
+    splits = {"train": [*itertools.chain(*train)], "val": [*itertools.chain(*val)]}
     write_folder(out, splits, tokenizer, meta)
     examples = splits["train"] + splits["val"]
     tokens = sum(len(t) for t, _ in splits["train"])

@@ -274,17 +274,15 @@ def main() -> None:
     tasks = {}
     for i, doc in enumerate(documents):
         try:
-            if args.task == "mmlu":
+            task, (context, choices, answer) = args.task, render(doc)
+            if task == "mmlu":
                 if not re.fullmatch(NAME, doc["subject"]):
                     raise UserError(f"{args.json}: document {i}: its subject {doc['subject']!r:.80} cannot name a file")
-                context, choices, answer = render(doc)
-                rendered = mmlu_shots(doc["subject"], shots) + context, choices, str(answer)
-                lines = tasks.setdefault(f"mmlu_{doc['subject']}", [])
-                lines.append(line(len(lines), doc, rendered, delimiter, metrics))
-            else:
-                context, choices, answer = render(doc)
-                rendered = context, choices, answer if args.config else str(answer)
-                tasks.setdefault(args.task, []).append(line(i, doc, rendered, delimiter, metrics))
+                task, context = f"mmlu_{doc['subject']}", mmlu_shots(doc["subject"], shots) + context
+            if not args.config:
+                answer = str(answer)  # as lm-eval writes it
+            lines = tasks.setdefault(task, [])
+            lines.append(line(len(lines), doc, (context, choices, answer), delimiter, metrics))
         except UserError:
             raise
         except Exception as e:  # whatever a template or a renderer does not find
