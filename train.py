@@ -22,14 +22,13 @@ loss scaling is needed; merging takes them from the checkpoint, unrounded. A val
 write: weights rounded to the checkpoint's dtype, LoRA's and --method dynamic's under their masks.
 
 What a run leaves in --out_dir: config.json (settings, versions, data), log.jsonl (a line per step), step-*.pt (the
-newest two states, each with its adapter), adapter.pt (the adapter of the lowest validation loss after the start) and
+newest two states), adapter.pt (the adapter of the lowest validation loss after the start) and
 merged.pt, the checkpoint with that adapter merged. `--method full` trains the model itself, in float32: no adapter, and
 merged.pt holds the last weights, in the checkpoint's dtype. A loss that is not finite ends the run; no file sees it.
 """
 
 import argparse
 import bisect
-import dataclasses
 import functools
 import inspect
 import json
@@ -37,11 +36,10 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,7 +90,7 @@ from model import (
     tokenizer_of,
 )
 from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
-from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, inject, merge_checkpoint, write_adapter
+from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -170,9 +168,6 @@ def main() -> None:
     # --- settings, data and the model's shapes: what is wrong with them is said before the run's folder is touched
     args = make_parser().parse_args()
     check_settings(args)
-    # here, since it takes as long to import as torch itself, for which --help and a wrong flag need not wait
-    from torch.distributed.checkpoint import state_dict as dcp
-
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.ckpt:
         ckpt, config = open_llama(args.ckpt)
@@ -208,13 +203,7 @@ def main() -> None:
     mesh = init_device_mesh(args.device, (world,)) if args.fsdp and world > 1 else None
     log = tqdm.write if rank == 0 else lambda text: None
     if ckpt is not None:
-        zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
-        stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
-        log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
-        if stay and zeros < 0.01:
-            log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
-        if ckpt.tokenizer is None:
-            log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
+        log_sparsity(log, args, ckpt)
     if lr_source:
         log(f"--lr {args.lr:g}: {lr_source}")
     if plan.steps < 100 and plan.batch_size > world:
@@ -237,18 +226,9 @@ def main() -> None:
         # Masks and --packed's bits are the same everywhere. Since torch 2.13 the flag that says so has another name.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         net = DistributedDataParallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-    # The library's own gathering and scattering of sharded states: names are the model's, whatever wraps it.
-    gather = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     if start > 0:
-        if state is None:  # rank 0 alone has read the file; the library sends every process its share
-            state = {"model": {}, "optimizer": {}}
-        else:  # decay and the like are this command's, whatever the file says
-            names = [name for name, p in model.named_parameters() if p.requires_grad]
-            state["optimizer"]["param_groups"] = [{**optimizer.param_groups[0], "params": names}]
-        scatter = dataclasses.replace(gather, cpu_offload=False, broadcast_from_rank0=world > 1)
-        dcp.set_model_state_dict(model, state["model"], options=scatter)
-        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=scatter)
-        del state  # with the method "full" it is three times the model
+        restore(model, optimizer, state, world)
+        state = None  # with the method "full" it is three times the model
         log(f"resuming after step {start} of {plan.steps}")
 
     # --- the loop
@@ -265,10 +245,8 @@ def main() -> None:
         write_line(log_file, {"step": 0, "val_loss": val_loss})
         log(f"step 0: validation loss {shown(val_loss)}")
         check_finite(0, {"validation loss": val_loss}, ckpt)
-        if val_loss is not None:
+        if val_loss is not None and args.zero_init != "none":  # whose random factors have changed the model already
             first = val_loss
-            if args.zero_init == "none":  # random factors have changed the pruned model already
-                first = pruned_loss(model, val, args, ckpt, rank, world)
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
         started = time.perf_counter()
@@ -340,10 +318,9 @@ def main() -> None:
         saving = done or stopping or (step + 1) % args.save_interval == 0
         # Before the first update there are no moments yet, and the library would make some by calling step() itself.
         if saving and optimizer.state:
-            weights = dcp.get_model_state_dict(model, options=gather)  # gathered as above, so all of them call it
-            moments = dcp.get_optimizer_state_dict(model, optimizer, options=gather)
+            learned = gathered(model, optimizer)  # as above, all of them call it
             if rank == 0:
-                write_state(out_dir, run_id, step + 1, first, best, weights, moments, model)
+                write_state(out_dir, {"run": run_id, "step": step + 1, "first": first, "best": best, **learned})
             if world > 1:
                 dist.barrier()  # nobody leaves, and torchrun ends nobody, before the state is on disk
         if stopping and not done:
@@ -405,6 +382,17 @@ def check_settings(args: argparse.Namespace) -> None:
         if getattr(args, key) != parser.get_default(key):
             given = "".join(f" --{flag}" for flag in ("no_residual", "no_beta") if getattr(args, flag))
             raise UserError(f"--{key}: means nothing to --method {args.method}{given}")
+
+
+def log_sparsity(log: Callable[[str], None], args: argparse.Namespace, ckpt: Checkpoint) -> None:
+    """Says how sparse the checkpoint is, and what about it may be an oversight."""
+    zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
+    stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
+    log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
+    if stay and zeros < 0.01:
+        log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
+    if ckpt.tokenizer is None:
+        log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
 
 
 def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | None) -> None:
@@ -765,36 +753,40 @@ def state_names(model: Llama) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad} | {k for k, _ in model.named_buffers()}
 
 
-def write_state(
-    out_dir: Path, run: str, step: int, first: float, best: float, weights: dict, moments: dict, model: Llama
-) -> None:
-    """step-N.pt; the newest two are kept, so that one which the disk has damaged can be passed over. Beside each is the
-    adapter of `best`: where a run goes on from that state, the adapter of a later step is none of its own."""
-    names = state_names(model)
-    path = out_dir / f"step-{step:06}.pt"
-    if (out_dir / "adapter.pt").exists():
-        link(out_dir / "adapter.pt", beside(path))
-    state = {"version": VERSION, "run": run, "step": step, "first": first, "best": best, "optimizer": moments}
-    state["model"] = {name: w for name, w in weights.items() if name in names}
-    with atomic(path) as tmp:
-        save_torch(state, tmp)
+def gathered(model: Llama, optimizer: torch.optim.Optimizer) -> dict:
+    """{"model": what learns, and masks that follow it, "optimizer": AdamW's moments}, whole and on the CPU, under the
+    model's own names, whatever wraps it. Under FSDP every process has to call it."""
+    from torch.distributed.checkpoint import state_dict as dcp  # which takes a second that --help need not wait
+
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, moments = dcp.get_state_dict(model, optimizer, options=options)
+    names = state_names(model)  # --packed's bits are not among them
+    return {"model": {name: w for name, w in weights.items() if name in names}, "optimizer": moments}
+
+
+def restore(model: Llama, optimizer: torch.optim.Optimizer, state: dict | None, world: int) -> None:
+    """Puts what `gathered` returned back. state: on rank 0, which sends every process its share; elsewhere None."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    weights, moments = {}, {}
+    if state:
+        weights, moments = state["model"], state["optimizer"]
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        moments["param_groups"] = [{**optimizer.param_groups[0], "params": names}]  # this command's, not the file's
+    options = dcp.StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=world > 1)
+    dcp.set_model_state_dict(model, weights, options=options)
+    dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+
+
+def write_state(out_dir: Path, state: dict) -> None:
+    """step-N.pt, with the adapter of the lowest loss so far: where a run goes on from this state, that of a later step
+    is none of its own. The newest two are kept, so that one which the disk has damaged can be passed over."""
+    adapter = out_dir / "adapter.pt"
+    best_adapter = torch_load(adapter) if adapter.exists() else None  # mapped: it takes no memory
+    with atomic(out_dir / f"step-{state['step']:06}.pt") as tmp:
+        save_torch({"version": VERSION, **state, "best_adapter": best_adapter}, tmp)
     for _, old in saved_states(out_dir)[2:]:
         old.unlink()
-        beside(old).unlink(missing_ok=True)
-
-
-def beside(path: Path) -> Path:
-    """Where a state's adapter is."""
-    return path.with_suffix(".adapter.pt")
-
-
-def link(old: Path, new: Path) -> None:
-    """Makes `new` another name of a file, or a copy where the file system has no such names."""
-    with atomic(new) as tmp:
-        try:
-            os.link(old, tmp)
-        except OSError:
-            shutil.copyfile(old, tmp)
 
 
 def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
@@ -808,13 +800,11 @@ def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
 
 
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:
-    """The newest state that is whole, or None, and its adapter as adapter.pt; a damaged one is renamed and passed over.
-    UserError for a whole state of another run."""
+    """The newest state that is whole, or None, and its best adapter as adapter.pt; a damaged one is renamed and passed
+    over. UserError for a whole state of another run."""
     for step, path in saved_states(out_dir):
         try:
             state = torch_load(path, checksums=True)
-            if beside(path).exists():
-                torch_load(beside(path), checksums=True)
         except UserError:
             tqdm.write(f"warning: {path} is truncated or damaged; going back to the state before it")
             path.rename(path.with_suffix(".damaged"))  # or it would count as one of the two that are kept
@@ -823,8 +813,9 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
             check_version(state.get("version"), path)
         if step > steps or not state_is_whole(state, path, run, step, model):
             raise UserError(f"--resume: {path} is not a state of this run; remove it to go on from the one before")
-        if beside(path).exists():
-            link(beside(path), out_dir / "adapter.pt")
+        if state["best_adapter"] is not None:
+            with atomic(out_dir / "adapter.pt") as tmp:
+                save_torch(state["best_adapter"], tmp)
         return state
     return None
 
@@ -845,6 +836,8 @@ def state_is_whole(state: Any, path: Path, run: str, step: int, model: Llama) ->
         optimizer = state["optimizer"]
         found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
         losses = all(isinstance(state[key], float) and state[key] == state[key] for key in ("first", "best"))  # no NaN
+        if not isinstance(state["best_adapter"], dict | None):
+            return False
         parts = [state["model"], *optimizer["state"].values()]
         for part in parts:
             check_tensors(part, path)
@@ -941,18 +934,6 @@ def validation_loss(
     if world > 1:
         dist.all_reduce(total)
     return total.item() / n_targets
-
-
-def pruned_loss(model: Llama, *more: Any) -> float | None:
-    """`validation_loss` with every beta at 0: that of the checkpoint."""
-    betas = [module.beta for module in model.modules() if isinstance(module, SPPLinear)]
-    values = [beta.detach().clone() for beta in betas]
-    for beta in betas:
-        beta.data.zero_()
-    loss = validation_loss(model, *more)
-    for beta, value in zip(betas, values, strict=True):
-        beta.data.copy_(value)
-    return loss
 
 
 def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> Llama:

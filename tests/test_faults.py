@@ -159,7 +159,7 @@ def results(out: Path) -> dict[str, bytes]:
     """What a command has left, without times and settings: those of an interrupted run may differ."""
     found = {}
     older = sorted(out.glob("run/step-*[0-9].pt"))[:-2]  # one that could not be removed
-    for file in sorted({*out.rglob("*")} - {*older, *(state.with_suffix(".adapter.pt") for state in older)}):
+    for file in sorted({*out.rglob("*")} - {*older}):
         name = str(file.relative_to(out))
         if file.is_dir() or file.name == ".lock" or (file.name == "config.json" and name.startswith("run/")):
             continue
