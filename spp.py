@@ -48,12 +48,12 @@ apart, ends at the same loss (bench/rounding.py).
 
 The other methods have another W^, a few lines each (`METHODS`):
 
-    (2)  dynamic        W^ = W o mask, the mask of the largest |W|; W is dense and gets the gradient of W^ as it is
+    (2)  dynamic        W^ = W o mask, of the largest |W| of a row; W is dense and gets the gradient of W^ as it is
     (3)  masked         W^ = W; every weight that is not 0 learns
     (6)  lora           W^ = W + scale * B A, dense until it is merged under the mask: the paper's LoRA*
          masked_lora    W^ = W + scale * mask o (B A)
 
-(lora needs its W^ for merging only: it trains through x A^T B^T, two thin products.)
+(lora trains through x A^T B^T, two thin products; its W^ is for validating and merging.)
 
     python spp.py --ckpt pruned.pt --adapter out/spp/adapter.pt --out merged.pt
 
@@ -105,7 +105,7 @@ class AdapterLinear(nn.Module):
     frozen and stays the object that it was, so that nothing is copied and a mapped file stays mapped; in MaskedLinear
     and DynamicLinear W itself learns, in float32.
 
-    What a subclass says (a new way to learn under the mask is these four):
+    What a subclass says (a new way to learn under the mask is these four; the first two only if it has factors):
         factors                            names of what is learned beside W
         reset_parameters()                 how the factors start; also called where a model was built on the meta device
         effective_weight(W, *factors)      W^ (m, n), the weight that is used: W itself, or a new tensor
@@ -136,7 +136,7 @@ class AdapterLinear(nn.Module):
             return F.linear(x, self.merged().to(x.dtype))
         factors = [getattr(self, name) for name in self.factors]
         # All as arguments: autograd saves only what it is given, and only that gets a gradient.
-        return EffectiveMatmul.apply(x, self.weight_of, self.gradients_of, self.weight, self.bits, *factors)
+        return EffectiveMatmul.apply(x, self.effective_weight, self.factor_gradients, self.weight, self.bits, *factors)
 
     def pack(self, W: Tensor) -> bool:
         """Holds W (m, n), on the CPU, as a vector of its survivors and `bits`, where that takes less memory. W is then
@@ -151,16 +151,8 @@ class AdapterLinear(nn.Module):
         """W (m, n), detached."""
         return unpack(self.weight.detach(), self.bits, self.shape[1])
 
-    def weight_of(self, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
-        """`effective_weight` of W, or of its survivors and their bits."""
-        return self.effective_weight(unpack(W, bits, self.shape[1]), *factors)
-
-    def gradients_of(self, G: Tensor, W: Tensor, bits: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        """`factor_gradients` of the same."""
-        return self.factor_gradients(G, unpack(W, bits, self.shape[1]), *factors)
-
-    def merged(self, masked: bool = True) -> Tensor:
-        """W^ in the checkpoint's dtype, (m, n), rounded to the nearest. masked=False leaves LoRA's dense."""
+    def merged(self) -> Tensor:
+        """W^ in the checkpoint's dtype, (m, n), rounded to the nearest."""
         factors = [getattr(self, name).detach() for name in self.factors]
         return self.effective_weight(self.dense(), *factors).to(self.merged_dtype)
 
@@ -244,12 +236,51 @@ class SPPLinear(AdapterLinear):
 # ----------------------------------------------------------------------------------------------------------------------
 # three matmuls a step
 #
-# forward    EffectiveMatmul -> product    -> the layer's effective_weight      (SPP's: spp_weight -> form)
-# backward   EffectiveMatmul -> gradients  -> effective_weight once more, then
-#                                             the layer's factor_gradients      (SPP's: spp_gradients -> reduce)
+# forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight -> form)
+# backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients -> reduce)
 #
 # form and reduce are elementwise and in float32: a CPU runs them a few rows at a time, a GPU as one compiled kernel.
 # The operators at the end of this section do the same for torch.compile; skip them at first.
+
+
+class EffectiveMatmul(torch.autograd.Function):
+    """y = x (W^)^T for a layer's effective weight W^, which is formed in each pass and never saved: 3 units.
+
+    x (..., n), W (m, n) or its survivors with their bits, factors: what the layer learns; effective_weight,
+    factor_gradients: its methods of these names. Nothing saved is a view or a cast of W, so that FSDP can free the
+    gathered weight between the passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        effective_weight: Callable,
+        factor_gradients: Callable | None,
+        W: Tensor,
+        bits: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, bits, *factors)
+        ctx.effective_weight, ctx.factor_gradients = effective_weight, factor_gradients
+        return F.linear(x, effective_weight(unpack(W, bits, x.shape[-1]), *factors).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, bits, *factors = ctx.saved_tensors
+        W = unpack(stored, bits, x.shape[-1])
+        W_hat = ctx.effective_weight(W, *factors).to(x.dtype)
+        dx = g @ W_hat if ctx.needs_input_grad[0] else None  # the first block's inputs come from frozen embeddings
+        d_W, d_factors = None, [None] * len(factors)
+        if any(ctx.needs_input_grad[1:]):
+            buffer = None if W_hat is W else W_hat  # W^ may be W itself (`masked`), which G must not overwrite
+            G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
+            d_W, *d_factors = ctx.factor_gradients(G, W, *factors)
+        if d_W is not None and bits is not None:
+            # that of the survivors; their number is known, where a boolean index would wait for a GPU to count them
+            places = unpack_mask(bits, x.shape[-1]).flatten().nonzero_static(size=len(stored))
+            d_W = d_W.flatten()[places.squeeze(1)]
+        return dx, None, None, d_W, None, *d_factors
 
 
 def form(
@@ -276,12 +307,12 @@ def reduce(
 ) -> tuple[Tensor, Tensor]:
     """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G (k, m/r, n): see `form`."""
     GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
-    beta = scale * beta
     if one_kernel:  # sums are compiled together with the product above; bmm would want GW in memory
-        return (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
-    d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
-    d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
-    return d_alpha, scale * d_beta
+        d_alpha, d_beta = (GW * beta[:, :, None]).sum(1), (GW * alpha[:, None, :]).sum(2)
+    else:
+        d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
+        d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
+    return scale * d_alpha, scale * d_beta
 
 
 @functools.cache  # compiled once, at the first use
@@ -304,7 +335,8 @@ def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scal
     if W.is_cuda:
         return compiled(form)(W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
     W_hat = W.new_empty(m, n)
-    for alpha_k, W_k, beta_k, out in in_blocks(2**19 // n, alpha, unpack(W, bits, n), beta, W_hat):
+    at_once = 2**19 // n  # rows: half a million weights
+    for alpha_k, W_k, beta_k, out in in_blocks(at_once, alpha, unpack(W, bits, n), beta, W_hat):
         form(W_k, None, alpha_k, beta_k, scale, residual, out)
     return W_hat
 
@@ -317,72 +349,10 @@ def spp_gradients(
     if G.is_cuda:
         d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, True)
         return d_alpha, d_beta.flatten()
-    blocks = in_blocks(64, alpha, G, unpack(W, bits, n), beta)  # fewer: bmm is fast with one block alone
+    blocks = in_blocks(64, alpha, G, unpack(W, bits, n), beta)  # as a rule one at a time: bmm is slower with more
     parts = [reduce(G_k, W_k, None, alpha_k, beta_k, scale, False) for alpha_k, G_k, W_k, beta_k in blocks]
     d_alpha, d_beta = zip(*parts, strict=True)
     return torch.cat(d_alpha), torch.cat(d_beta).flatten()
-
-
-def product(x: Tensor, weight_of: Callable, W: Tensor, bits: Tensor | None, *factors: Tensor) -> Tensor:
-    """y = x (W^)^T."""
-    return F.linear(x, weight_of(W, bits, *factors).to(x.dtype))
-
-
-def gradients(
-    g: Tensor,
-    needed: tuple[bool, ...],
-    x: Tensor,
-    weight_of: Callable,
-    gradients_of: Callable,
-    W: Tensor,
-    bits: Tensor | None,
-    *factors: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, W, bits (None) and the factors. needed: (does x need one, does anything else)."""
-    survivors, mask = W.numel(), bits  # of a packed W, before it is unpacked
-    if not W.is_cuda:
-        W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
-    W_hat = weight_of(W, bits, *factors).to(x.dtype)
-    dx = g @ W_hat if needed[0] else None  # the first block's inputs come from frozen embeddings
-    if not needed[1]:
-        return dx, None, None, *(None for _ in factors)
-    buffer = None if W_hat is W else W_hat  # W^ may be W itself (`masked`), which G must not overwrite
-    G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
-    d_W, *d_factors = gradients_of(G, W, bits, *factors)
-    if d_W is not None and mask is not None:  # nonzero_static: the number is known, and no shape depends on the mask
-        places = unpack_mask(mask, x.shape[-1]).flatten().nonzero_static(size=survivors)
-        d_W = d_W.flatten()[places.squeeze(1)]
-    return dx, d_W, None, *d_factors
-
-
-class EffectiveMatmul(torch.autograd.Function):
-    """y = x (W^)^T for a layer's effective weight W^, which is formed in each pass and never saved: 3 units.
-
-    x (..., n), W (m, n) or its survivors with their bits, factors: what the layer learns; weight_of, gradients_of: its
-    methods of these names. Nothing saved is a view or a cast of W, so that FSDP can free the gathered weight between
-    the passes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        weight_of: Callable,
-        gradients_of: Callable,
-        W: Tensor,
-        bits: Tensor | None,
-        *factors: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, W, bits, *factors)
-        ctx.weight_of, ctx.gradients_of = weight_of, gradients_of
-        return product(x, weight_of, W, bits, *factors)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-        dx, *others = gradients(g, needed, x, ctx.weight_of, ctx.gradients_of, *rest)
-        return dx, None, None, *others
 
 
 # torch.compile would trace into EffectiveMatmul, and could then keep W^ for the backward pass. An operator is one node
@@ -393,13 +363,13 @@ class EffectiveMatmul(torch.autograd.Function):
 def spp_product(
     x: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
 ) -> Tensor:
-    return product(x, functools.partial(spp_weight, scale=scale, residual=residual), W, bits, alpha, beta)
+    return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual).to(x.dtype))
 
 
 @torch.library.custom_op("spp::gradients", mutates_args=())
 def spp_product_gradients(
     g: Tensor,
-    dx: bool,
+    needs_dx: bool,
     x: Tensor,
     W: Tensor,
     bits: Tensor | None,
@@ -407,11 +377,14 @@ def spp_product_gradients(
     beta: Tensor,
     scale: float,
     residual: bool,
-) -> list[Tensor]:
-    weight_of = functools.partial(spp_weight, scale=scale, residual=residual)
-    gradients_of = lambda *args: (None, *spp_gradients(*args, scale))
-    found = gradients(g, (dx, True), x, weight_of, gradients_of, W, bits, alpha, beta)
-    return [w for w in found if w is not None]  # (dx,) d alpha, d beta
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x (an empty tensor where it needs none), alpha and beta: `EffectiveMatmul.backward` of SPP."""
+    if not W.is_cuda:
+        W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
+    W_hat = spp_weight(W, bits, alpha, beta, scale, residual).to(x.dtype)
+    dx = g @ W_hat if needs_dx else g.new_empty(0)
+    G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=W_hat)
+    return dx, *spp_gradients(G, W, bits, alpha, beta, scale)
 
 
 def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -421,14 +394,18 @@ def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx = ctx.needs_input_grad[0]
-    found = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
-    return found[0] if needs_dx else None, None, None, *found[-2:], None, None
+    dx, d_alpha, d_beta = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
+    return dx if needs_dx else None, None, None, d_alpha, d_beta, None, None
 
 
 # shapes, for the compiler
 spp_product.register_fake(lambda x, W, bits, alpha, beta, *rest: x.new_empty(*x.shape[:-1], len(beta)))
 spp_product_gradients.register_fake(
-    lambda g, dx, x, W, bits, alpha, beta, *rest: [torch.empty_like(w) for w in ([x] if dx else []) + [alpha, beta]]
+    lambda g, needs_dx, x, W, bits, alpha, beta, *rest: (
+        torch.empty_like(x) if needs_dx else x.new_empty(0),
+        torch.empty_like(alpha),
+        torch.empty_like(beta),
+    )
 )
 spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 
@@ -493,15 +470,11 @@ class LoRALinear(AdapterLinear):
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         if self.bits is None:
             return F.linear(x, self.weight) + self.scale * low
-        # W is made in each pass and not saved, as W^ elsewhere; nothing of it learns
-        return EffectiveMatmul.apply(x, self.frozen, None, self.weight, self.bits) + self.scale * low
+        # packed: W is made in each pass and not saved, as W^ elsewhere; it is W^ here, and nothing of it learns
+        return EffectiveMatmul.apply(x, lambda W: W, None, self.weight, self.bits) + self.scale * low
 
-    def frozen(self, W: Tensor, bits: Tensor | None) -> Tensor:
-        return unpack(W, bits, self.shape[1])
-
-    def merged(self, masked: bool = True) -> Tensor:
-        W = super().merged()
-        return W.masked_fill_(self.dense() == 0, 0) if masked else W
+    def merged(self) -> Tensor:
+        return super().merged().masked_fill_(self.dense() == 0, 0)
 
     def effective_weight(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return torch.addmm(W.float(), B, A, alpha=self.scale)
@@ -534,12 +507,6 @@ METHODS: dict[str, type[AdapterLinear]] = {
 # into a model, and out of it
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one that has this dotted name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def as_linear(W: Tensor) -> nn.Linear:
     """A plain nn.Linear that holds W (m, n) itself, not a copy."""
     linear = nn.Linear(*W.T.shape, bias=False, device="meta")
@@ -569,9 +536,9 @@ def inject(
 ) -> nn.Module:
     """Swaps the linears named in `targets` for learning ones, in place, and freezes the rest. Returns the model.
 
-    options go to the layer (SPPLinear: matmul, beta, zero_init, residual). Raises UserError, before anything is
-    swapped, for a method that is none of METHODS, where r does not divide some target's m, and where there is no
-    target: the names are wrong, or the model has adapters already.
+    options go to the layer (SPPLinear: matmul, beta, zero_init, residual). UserError, before anything is swapped, for
+    a method that is none of METHODS, an r or a scale that is not above 0, an r that does not divide some target's m
+    (SPP), and where there is no target: the names are wrong, or the model has adapters already.
     """
     if method not in METHODS:
         raise UserError(f"--method {method}: expected one of {', '.join(METHODS)}")
@@ -587,7 +554,7 @@ def inject(
     check_rank(method, r, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, linear in linears.items():
-        replace(model, name, METHODS[method](linear, r=r, scale=scale, **options))
+        model.set_submodule(name, METHODS[method](linear, r=r, scale=scale, **options))
     return model
 
 
@@ -602,7 +569,7 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
     if masks and all(mask.all() for mask in masks):
         raise UserError("no dynamic layer has a mask yet; update_masks of train.py sets them, every few steps")
     for name, layer in layers.items():
-        replace(model, name, as_linear(merged_weight(layer, masked, name)))
+        model.set_submodule(name, as_linear(merged_weight(layer, masked, name)))
     if layers:
         layer = next(iter(layers.values()))
         method = next((name for name, kind in METHODS.items() if type(layer) is kind), type(layer).__name__)
@@ -611,18 +578,19 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
 
 
 def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
-    """`layer.merged(masked)`, finite, its zeros asserted."""
-    W = layer.merged(masked)
+    """`layer.merged()`, or LoRA's dense sum where it is not to be masked; finite, its zeros asserted."""
+    if type(layer) is LoRALinear and not masked:
+        W, sparse = AdapterLinear.merged(layer), False
+    else:
+        W, sparse = layer.merged(), not isinstance(layer, DynamicLinear)  # whose zeros are its own
     if not W.isfinite().all():
         raise UserError(f"{name}: the merged weight holds NaN or Inf, or is too large for {W.dtype}")
-    if isinstance(layer, DynamicLinear) or (type(layer) is LoRALinear and not masked):  # its zeros are its own
-        return W
-    assert not W[layer.dense() == 0].any(), f"{name}: a pruned weight came back"
+    assert not (sparse and W[layer.dense() == 0].any()), f"{name}: a pruned weight came back"
     return W
 
 
 def merge_step(method: str, layer: AdapterLinear, masked: bool) -> dict:
-    """What a history says of a merge, of which this is a layer."""
+    """The history's entry for a merge; `layer` is any one of the merged."""
     step = {"method": method}
     if method == "lora":
         step["method"] = "lora*" if masked else "lora (dense)"

@@ -43,8 +43,7 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-VERSION = 1  # of every file that this project writes; raised when a layout changes
-PT_VERSION = 2  # of a .pt with packed weights; one of dense weights alone has version 1, and is read as before
+VERSION = 2  # of every file that this project writes; raised when a layout changes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the error that speaks to the user; reading and writing files with it
@@ -180,9 +179,9 @@ def brief(value: Any) -> str:
     return short.repr(value)
 
 
-def check_version(value: Any, path: str | Path, known: tuple[int, ...] = (VERSION,)) -> None:
-    """UserError unless `value`, what stands as a file's version, is one that this code knows."""
-    if type(value) is not int or value not in known:  # type: a bool is an int, and a tensor may be anything
+def check_version(value: Any, path: str | Path) -> None:
+    """UserError unless `value`, what stands as a file's version, is this code's."""
+    if type(value) is not int or value != VERSION:  # type: a bool is an int, and a tensor may be anything
         found = "no version" if value is None else f"version {brief(value):.20}"
         raise UserError(f"{path}: has {found}, expected {VERSION}: its layout is another; make it again with this code")
 
@@ -705,7 +704,7 @@ def open_pt(path: Path) -> Checkpoint:
         raise UserError(f"{path}: {WEIGHTS_ALONE}")
     if not isinstance(data, dict) or not {"config", "model"} <= data.keys():
         raise UserError(f"{path}: is not a checkpoint of ours (a dict with `config` and `model`)")
-    check_version(data.get("version"), path, (VERSION, PT_VERSION))
+    check_version(data.get("version"), path)
     data = {"tokenizer": None, "history": [], "files": {}, "packed": {}, **data}
     kinds = {"config": dict, "tokenizer": bytes | None, "history": list, "files": dict, "packed": dict}
     for key, kind in kinds.items():
@@ -771,8 +770,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], shapes: dict[str, Ten
         # Not made earlier: small tensors between the large ones would hold on to memory that a weight has just left.
         blank = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in written.items()}
         if head is not None:
-            version = PT_VERSION if packed else VERSION
-            blank = {"version": version, **head, "packed": packed, "model": blank}
+            blank = {"version": VERSION, **head, "packed": packed, "model": blank}
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
             with skip_data():
                 save_torch(blank, Path(folder) / "blank")

@@ -155,11 +155,11 @@ def test_a_history_of_an_older_version_or_another_program_is_refused_and_left_al
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"history": STEPS}, "has no version, expected 1: its layout is another"),
-        ({"version": 2, "history": []}, "has version 2, expected 1"),
-        ({"version": 1, "history": {}}, "its history is damaged"),
-        ({"version": 1, "history": [{"sparsity": "2:4"}]}, "its history is damaged"),
-        ({"version": 1, "history": [{"method": ["wanda"]}]}, "its history is damaged"),
+        ({"history": STEPS}, "has no version, expected 2: its layout is another"),
+        ({"version": 0, "history": []}, "has version 0, expected 2"),
+        ({"version": 2, "history": {}}, "its history is damaged"),
+        ({"version": 2, "history": [{"sparsity": "2:4"}]}, "its history is damaged"),
+        ({"version": 2, "history": [{"method": ["wanda"]}]}, "its history is damaged"),
     ],
 )
 def test_a_history_that_is_damaged_is_refused_by_name(directory, content, words):
@@ -851,7 +851,7 @@ def test_a_damaged_meta_directory_is_named(model, tmp_path, harm, words):
 
 
 DEEP_HISTORY = (
-    b"\x80\x02}(U\x07versionK\x01U\x06config}U\x05model}U\x07history" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"u."
+    b"\x80\x02}(U\x07versionK\x02U\x06config}U\x05model}U\x07history" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"u."
 )
 CONFIG = config_to_dict(PRESETS["test"])
 SHARED_LISTS = [1]
@@ -862,8 +862,8 @@ for _ in range(26):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"version": None}, "has no version, expected 1"),
-        ({"version": 3}, "has version 3, expected 1"),
+        ({"version": None}, "has no version, expected 2"),
+        ({"version": 3}, "has version 3, expected 2"),
         ({"config": 3}, "its config is a int"),
         ({"config": {**CONFIG, "num_attention_heads": 0}}, "num_attention_heads is 0"),
         ({"config": {"width": 1}}, "config: has no vocab_size"),
@@ -900,7 +900,7 @@ def test_a_pt_without_a_version_is_refused_whatever_else_it_holds(model, tmp_pat
     old = {"vocab_size": 256, "n_layers": 2, "n_heads": 4}  # settings under the names of an earlier layout
     torch.save({"config": old, "model": model.state_dict(), "history": [], "files": {}}, tmp_path / "old.pt")
     result = command("--ckpt", tmp_path / "old.pt", "--info")
-    words = f"{tmp_path / 'old.pt'}: has no version, expected 1: its layout is another; make it again with this code"
+    words = f"{tmp_path / 'old.pt'}: has no version, expected 2: its layout is another; make it again with this code"
     assert result.returncode == 2 and result.stderr == f"model.py: error: {words}\n" and not result.stdout
 
 

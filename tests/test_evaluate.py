@@ -699,7 +699,7 @@ def test_results_and_samples_have_their_documented_keys(random_checkpoint, tmp_p
     flags = ("--tasks", tasks, "--ppl", tmp_path / "text.txt", "--seqlen", 64, "--log_samples", tmp_path / "log")
     said = run(random_checkpoint, tmp_path / "r.json", *flags)
     out = json.loads((tmp_path / "r.json").read_text())
-    assert out["version"] == 1
+    assert out["version"] == 2
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n"} <= out["results"]["made_up"].keys()
     assert out["perplexity"]["text"].keys() == {"ppl", "seqlen", "tokens"} and out["add_bos"] is False
     assert "made_up" in said and not (tmp_path / "r.json.partial").exists()
@@ -1074,12 +1074,12 @@ def test_contexts_that_do_not_fit_the_model_are_counted_and_bos_is_said_of_conte
     [
         ("{", "is not JSON"),
         ("[]", "is a JSON list, expected a dict"),
-        ('{"scores": {}}', "has no version, expected 1"),
-        ('{"version": 2, "scores": {}}', "has version 2, expected 1"),
-        ('{"version": 1, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
-        ('{"version": 1, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
-        ('{"version": 1}', "is damaged; remove r.json.partial to begin again"),
-        ('{"version": 1, "scores": {"key": [[0, [[NaN, true]]]]}}', "is damaged; remove r.json.partial"),
+        ('{"scores": {}}', "has no version, expected 2"),
+        ('{"version": 0, "scores": {}}', "has version 0, expected 2"),
+        ('{"version": 2, "scores": {"key": 5}}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 2, "scores": {"key": [[0, [["x", 1]]]]}}', "is damaged; remove r.json.partial"),
+        ('{"version": 2}', "is damaged; remove r.json.partial to begin again"),
+        ('{"version": 2, "scores": {"key": [[0, [[NaN, true]]]]}}', "is damaged; remove r.json.partial"),
     ],
 )
 def test_broken_partial_results_are_one_line(random_checkpoint, folder, refused, content, words):

@@ -122,8 +122,8 @@ def test_gradients_equal_finite_differences_in_float64(make):
     layer = make()
     for name in layer.factors:  # the layer's own are float32, and so are the gradients that it gives them
         setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name), dtype=torch.float64)))
-    in_float32 = layer.gradients_of
-    layer.gradients_of = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
+    in_float32 = layer.factor_gradients
+    layer.factor_gradients = lambda *args: tuple(g if g is None else g.double() for g in in_float32(*args))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     learned = [getattr(layer, name) for name in layer.factors]
     assert torch.autograd.gradcheck(lambda x, *learned: layer(x), (x, *learned))
@@ -550,9 +550,9 @@ ALPHA = "layers.1.mlp.up_proj.alpha"
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"version": None}, "has no version, expected 1: its layout is another; make it again with this code"),
-        ({"version": 2}, "has version 2, expected 1"),
-        ({"version": True}, "has version True, expected 1"),
+        ({"version": None}, "has no version, expected 2: its layout is another; make it again with this code"),
+        ({"version": 0}, "has version 0, expected 2"),
+        ({"version": True}, "has version True, expected 2"),
         ({"method": None}, "is not an adapter file of train.py"),
         ({"method": 3}, "its method is a int, expected a str"),
         ({"method": "dora"}, "its method is 'dora', expected one of spp, lora, masked"),

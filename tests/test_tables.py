@@ -49,7 +49,7 @@ def result(
     file = folder / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
-    about |= {"version": 1, "add_bos": add_bos}
+    about |= {"version": 2, "add_bos": add_bos}
     file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
     return file
 
@@ -74,8 +74,8 @@ def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
     (tmp_path / "not.json").write_text("{}")
     with pytest.raises(UserError, match="not.json: is not a results file"):
         tables.read([a, tmp_path / "not.json"])
-    (tmp_path / "old.json").write_text(a.read_text().replace('"version": 1, ', ""))
-    with pytest.raises(UserError, match="old.json: has no version, expected 1"):
+    (tmp_path / "old.json").write_text(a.read_text().replace('"version": 2, ', ""))
+    with pytest.raises(UserError, match="old.json: has no version, expected 2"):
         tables.read([a, tmp_path / "old.json"])
     with pytest.raises(UserError, match="some results were scored with --add_bos"):
         tables.read([a, result(tmp_path, "b", 0.5, add_bos=False)])

@@ -41,7 +41,7 @@ def write_data(folder: Path, sizes=(48, 8), seed=0) -> Path:
         np.save(folder / f"{split}.npy", np.concatenate([np.zeros(0), *examples]).astype(np.uint16))
         np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *lengths]))
         np.save(folder / f"{split}.prompt.npy", (lengths // 2).astype(np.int32))
-    (folder / "meta.json").write_text(json.dumps({"version": 1, "tokenizer": "none"}))
+    (folder / "meta.json").write_text(json.dumps({"version": 2, "tokenizer": "none"}))
     return folder
 
 
@@ -855,7 +855,7 @@ def test_resuming_another_run_is_refused(world, alone, tmp_path):
     line = refusal(world, world / "alone", "--resume", "--data", tmp_path / "other")
     assert "another data" in line
     (tmp_path / "edited").mkdir()
-    (tmp_path / "edited" / "config.json").write_text('{"version": 1, "settings": []}')
+    (tmp_path / "edited" / "config.json").write_text('{"version": 2, "settings": []}')
     line = refusal(world, tmp_path / "edited", "--resume")
     assert "edited/config.json is not as train.py wrote it" in line
 
@@ -926,7 +926,7 @@ def test_masked_prompts_that_leave_nothing_to_learn_are_refused(world, tmp_path)
 
 def test_config_of_a_run_holds_what_it_takes_to_repeat_it(world, alone):
     about = json.loads((world / "alone" / "config.json").read_text())
-    assert about["version"] == 1 and about["settings"]["lr"] == 0.004 and about["settings"]["seed"] == 0
+    assert about["version"] == 2 and about["settings"]["lr"] == 0.004 and about["settings"]["seed"] == 0
     assert about["versions"]["torch"] == torch.__version__ and about["data"] and about["base"] and about["run"]
     config = torch.load(world / "pruned.pt")["config"]
     assert config_from_dict(config, "pruned.pt") == PRESETS["test"]
