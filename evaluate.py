@@ -77,43 +77,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.checkpoint import (
-    VERSION,
-    Checkpoint,
-    UserError,
-    atomic,
-    cast,
-    check_ours,
-    check_out,
-    check_version,
-    digest,
-    lock_partial,
-    read_json,
-    read_utf8,
-    write_json,
-)
+from data.checkpoint import VERSION, Checkpoint, UserError, atomic, cast, check_ours, check_out, check_version, digest
+from data.checkpoint import lock_partial, read_json, read_utf8, write_json
 from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, n_words, read_tasks
 from data.tokenizer import Tokenizer
-from model import (
-    LOGITS,
-    Block,
-    Llama,
-    LlamaConfig,
-    Parser,
-    add_device,
-    check_device,
-    check_dtype,
-    cli,
-    common_dtype,
-    cut_into_batches,
-    join_processes,
-    number,
-    open_llama,
-    rope_tables,
-    sparsity_of,
-    stream_blocks,
-    tokenizer_of,
-)
+from model import LOGITS, Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli, common_dtype
+from model import cut_into_batches, join_processes, number, open_llama, rope_tables, sparsity_of, stream_blocks
+from model import tokenizer_of
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
 MMLU = """

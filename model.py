@@ -40,20 +40,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    UserError,
-    brief,
-    cast,
-    check_out,
-    check_stored_dense,
-    checked_history,
-    llama3_scaling,
-    open_checkpoint,
-    travels,
-    write_checkpoint,
-)
+from data.checkpoint import DTYPES, Checkpoint, UserError, brief, cast, check_out, check_stored_dense, checked_history
+from data.checkpoint import llama3_scaling, open_checkpoint, travels, write_checkpoint
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ is always the M weights of a group; otherwise:
                                        err_j = (removed part of column j) / U_jj;  W[:, j:] -= err_j[:, None] * U[j, j:]
     DSnoT       starts from a mask of any of the three, here always compared within a row (and without SparseGPT's
                 update); then, in each row of W on its own, up to 50 swaps, each chosen to bring that row's expected
-                output error, the sum of W_ij * S_j over its removed j, towards 0. S_j = sum of x_j over all tokens /
-                number of sequences. Weights never change; only q, k, v and o are swapped. The paper calls this DST.
+                output error, the sum of W_ij * S_j over its removed j, towards 0: the weight that helps most by
+                W_ij * S_j / variance of x_j comes back, and one of the lowest Wanda score goes (with N:M, of the lowest
+                score by which the mask was chosen). S_j = sum of x_j over all tokens / number of sequences. Weights
+                never change; only q, k, v and o are swapped. The paper calls this DST.
 
 Statistics, scores and Hessians are float32, whatever the model's dtype.
 
@@ -40,7 +42,6 @@ that is so by itself, their lowest score being 0, but the official SparseGPT's u
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -53,42 +54,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.checkpoint import (
-    VERSION,
-    Checkpoint,
-    UserError,
-    atomic,
-    check_ours,
-    check_out,
-    checked_file,
-    digest,
-    lock_partial,
-    open_hf,
-    read_json,
-    read_npy,
-    save_torch,
-    torch_load,
-    write_checkpoint,
-    write_hf_extras,
-    write_json,
-    write_safetensors,
-)
-from model import (
-    Block,
-    Llama,
-    LlamaConfig,
-    Parser,
-    add_device,
-    check_device,
-    check_dtype,
-    cli,
-    common_dtype,
-    count_zeros,
-    number,
-    open_llama,
-    rope_tables,
-    stream_blocks,
-)
+from data.checkpoint import VERSION, Checkpoint, UserError, atomic, check_ours, check_out, checked_file, digest
+from data.checkpoint import lock_partial, open_hf, read_json, read_npy, save_torch, torch_load, write_checkpoint
+from data.checkpoint import write_hf_extras, write_json, write_safetensors
+from model import Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli, common_dtype
+from model import count_zeros, number, open_llama, rope_tables, stream_blocks
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -104,16 +74,15 @@ LINEARS = [name for group in GROUPS.values() for name in group]
 SAMPLE = 256  # calibration tokens on which the report measures output errors
 
 Sparsity = float | tuple[int, int]  # the share of zeros, or (N, M)
-ByName = list[tuple[str, Sparsity]]  # what the linears of a name have; "" names those that no other entry does
+ByName = list[tuple[str, Sparsity]]  # what the linears of a name have; the name "" stands for all the rest
+Pattern = Sparsity | ByName | Callable[[str], Sparsity]  # the last: of a linear's name, "layers.3.mlp.up_proj"
 Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 
 
 def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
     """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
     they are. "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
-    if isinstance(text, tuple):
-        text = ":".join(map(str, text))
-    text = str(text)
+    text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)
     if "=" in text:
         entries = {}
         for entry in text.split(","):
@@ -146,7 +115,7 @@ def format_sparsity(sparsity: Sparsity | ByName) -> str:
     return ":".join(map(str, sparsity)) if isinstance(sparsity, tuple) else str(sparsity)
 
 
-def sparsity_of_linear(sparsity: Sparsity | ByName | Callable[[str], Sparsity], linear: str) -> Sparsity:
+def sparsity_of_linear(sparsity: Pattern, linear: str) -> Sparsity:
     """What the linear of this full name has: the last entry whose name is a part of it, between dots. UserError where
     there is none."""
     if callable(sparsity):
@@ -162,31 +131,85 @@ def sparsity_of_linear(sparsity: Sparsity | ByName | Callable[[str], Sparsity], 
     return fitting[-1]
 
 
+def check_pattern(sparsity: Pattern, config: LlamaConfig) -> None:
+    """UserError where an N:M pattern's groups do not fit the inputs of a linear, where a linear is not named, and for a
+    name that is no linear's."""
+    with torch.device("meta"):
+        block = Block(config)
+    linears = {}  # layers.0.self_attn.q_proj, ... -> its columns
+    for i in range(config.num_hidden_layers):
+        for name in LINEARS:
+            linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
+    for linear, C in linears.items():
+        own = sparsity_of_linear(sparsity, linear)
+        if isinstance(own, tuple) and C % own[1]:
+            raise UserError(f"--sparsity {format_sparsity(own)}: {linear} has {C} columns, no multiple of {own[1]}")
+    if isinstance(sparsity, list):
+        for name, _ in sparsity:
+            if name and not any(f".{name}." in f".{linear}." for linear in linears):
+                raise UserError(f"--sparsity {name}: is a part of no linear's name, such as {next(iter(linears))}")
+
+
 @dataclasses.dataclass
 class Settings:
-    """How to prune. UserError for a method that is none of METHODS."""
+    """How to prune. UserError for a method that is none of METHODS, and for a sparsity that is none."""
 
     method: str = "wanda"
-    # or a function of a linear's name, "layers.3.mlp.up_proj"
-    sparsity: Sparsity | ByName | Callable[[str], Sparsity] = 0.5
+    sparsity: str | Pattern = 0.5  # as `parse_sparsity` takes it, and is then what that returns; or a function
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+        if not callable(self.sparsity):
+            self.sparsity = parse_sparsity(self.sparsity)
+
+    def entry(self) -> dict:
+        """What a model's history says of it."""
+        sparsity = "by layer" if callable(self.sparsity) else format_sparsity(self.sparsity)
+        entry = {"method": self.method, "sparsity": sparsity}
+        if self.dsnot_cycles:
+            entry.update(dsnot_cycles=self.dsnot_cycles, dsnot_threshold=self.dsnot_threshold)
+        return entry
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What is known of an input of C numbers. Sums are over all tokens, divided by the number of sequences."""
+    """What is known of an input of C numbers. Sums are over all tokens, divided by the number of sequences.
+
+    total and variance are DSnoT's, hessian and U are SparseGPT's: None where they are not needed.
+    """
 
     square: Tensor  # (C,) float32: A, the sum of x^2
-    total: Tensor  # (C,) float32: S, the sum of x; DSnoT's, otherwise 0
-    variance: Tensor  # (C,) float32: V, the variance within a sequence, its mean over sequences; DSnoT's, otherwise 0
-    hessian: Tensor | None  # (C, C) float32: H, 2 * the sum of x x^T, its lower triangle alone; SparseGPT's
     sample: Tensor  # (SAMPLE, C), the model's dtype: some of the inputs, to measure output errors on
+    total: Tensor | None = None  # (C,) float32: S, the sum of x
+    variance: Tensor | None = None  # (C,) float32: V, the variance within a sequence, its mean over sequences
+    hessian: Tensor | None = None  # (C, C) float32: H, 2 * the sum of x x^T, its lower triangle alone
     U: Tensor | None = None  # (C, C) float32: the upper Cholesky factor of the damped Hessian's inverse
+
+    def add(self, inputs: Tensor, n_sequences: int, stride: int) -> None:
+        """Adds inputs (B, T, C), B of all n_sequences at a time, and keeps every stride-th token."""
+        tokens = inputs.flatten(0, 1).float()  # (B * T, C)
+        self.square += tokens.square().sum(0) / n_sequences
+        if self.total is not None:
+            self.total += tokens.sum(0) / n_sequences
+            self.variance += inputs.float().var(1, unbiased=False).sum(0) / n_sequences
+        if self.hessian is not None:
+            # H is symmetric, and Cholesky reads one triangle. Four strips of columns, each from the diagonal down, are
+            # 5/8 of the work of all of H; more strips would save more, but thinner products run slower.
+            C = len(self.hessian)
+            width = math.ceil(C / 4)
+            for a in range(0, C, width):
+                b = min(a + width, C)
+                if inputs.is_cuda and inputs.dtype != torch.float32:
+                    # the tensor cores' products of 16-bit numbers are exact in float32, in which they are summed
+                    X = inputs.flatten(0, 1)
+                    XX = torch.mm(X[:, a:].T, X[:, a:b], out_dtype=torch.float32)
+                    self.hessian[a:, a:b].add_(XX, alpha=2 / n_sequences)
+                else:
+                    self.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
+        self.sample = torch.cat([self.sample, inputs.flatten(0, 1)[::stride]])[:SAMPLE]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +221,7 @@ def prune_model(
     model: Llama,
     calib: np.ndarray | Tensor,
     method: str = "wanda",
-    sparsity: str | Sparsity | Callable[[str], Sparsity] = "0.5",
+    sparsity: str | Pattern = "0.5",
     dsnot_cycles: int = 0,
     dsnot_threshold: float = 0.1,
 ) -> list[dict]:
@@ -210,9 +233,8 @@ def prune_model(
     output ("error"). What was done is added to the model's history.
     UserError for a method, sparsity or token that is none, and for weights or activations that hold NaN or Inf.
     """
-    pattern = sparsity if callable(sparsity) else parse_sparsity(sparsity)
-    check_pattern(pattern, model.config)
-    settings = Settings(method, pattern, dsnot_cycles, dsnot_threshold)
+    settings = Settings(method, sparsity, dsnot_cycles, dsnot_threshold)
+    check_pattern(settings.sparsity, model.config)
     if not all(isinstance(block.get_submodule(name), nn.Linear) for block in model.model.layers for name in LINEARS):
         raise UserError("the model has adapters: merge them before pruning")
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
@@ -224,29 +246,18 @@ def prune_model(
         batch = batch_size(model.config, tokens, x.device)
         report = []
         for i, block in enumerate(tqdm(model.model.layers, desc="pruning", unit="block", disable=None)):
-            report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+            report += prune_block(block, i, x, settings, tables, batch)
     finally:
         torch.set_float32_matmul_precision(precision)
-    entry = {"method": method, "sparsity": "by layer" if callable(sparsity) else format_sparsity(pattern)}
-    if dsnot_cycles:
-        entry.update(dsnot_cycles=dsnot_cycles, dsnot_threshold=dsnot_threshold)
-    model.history = [*model.history, entry]
+    model.history = [*model.history, settings.entry()]
     return report
 
 
 @torch.no_grad()
-def prune_block(
-    block: Block,
-    i: int,
-    x: Tensor,
-    settings: Settings,
-    tables: Tables,
-    batch: int,
-    log: Callable[[str], None] = print,
-) -> list[dict]:
+def prune_block(block: Block, i: int, x: Tensor, settings: Settings, tables: Tables, batch: int) -> list[dict]:
     """Prunes block i in place, and replaces x (sequences, T, hidden_size), its inputs, by its outputs.
 
-    batch: sequences run at once. log: where a remark about damping goes. Returns a report of each linear.
+    batch: sequences run at once. Returns a report of each linear.
     """
     for name, w in block.named_parameters():
         if not all(bound.isfinite() for bound in w.aminmax()):  # the bounds of what holds a NaN are NaN
@@ -259,7 +270,7 @@ def prune_block(
             hint = "; try --dtype bfloat16 or float32" if x.dtype == torch.float16 else ""
             raise UserError(f"layers.{i}.{first}: its inputs hold NaN or Inf{hint}")
         if s.hessian is not None:
-            s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", log)
+            s.U = cholesky_factor(s.hessian, f"layers.{i}.{first}", tqdm.write)
             s.hessian = None
         for name in names:
             linear = block.get_submodule(name)
@@ -274,21 +285,21 @@ def prune_block(
 
 def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, settings: Settings) -> dict[str, Statistics]:
     """The first pass: statistics of a block's four inputs, by the keys of GROUPS; x (sequences, T, hidden_size)."""
-    hessian = settings.method == "sparsegpt"
-    moments = settings.dsnot_cycles > 0  # what DSnoT needs, total and variance
     n_sequences, T, _ = x.shape
     stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over all tokens
     linears = {name: block.get_submodule(name) for name in GROUPS}
     stats, hooks = {}, []
     for name, linear in linears.items():
         C = linear.in_features
-        square, total, variance = torch.zeros(3, C, device=x.device)
-        H = torch.zeros(C, C, device=x.device) if hessian else None
-        stats[name] = Statistics(square, total, variance, H, x.new_empty(0, C))
-        hook = functools.partial(add_batch, stats[name], n_sequences, moments, stride)
+        s = stats[name] = Statistics(torch.zeros(C, device=x.device), x.new_empty(0, C))
+        if settings.dsnot_cycles:
+            s.total, s.variance = torch.zeros(2, C, device=x.device)
+        if settings.method == "sparsegpt":
+            s.hessian = torch.zeros(C, C, device=x.device)
+        hook = lambda linear, args, s=s: s.add(*args, n_sequences, stride)
         hooks.append(linear.register_forward_pre_hook(hook))
-    # Nobody reads what comes out of this pass, so the last matmul, down_proj's, a fifth of a block's work, is left out:
-    # an attribute hides the class's own forward. The hook has seen its input by then, and the block adds this 0 to x.
+    # A fifth of a block's work is saved by leaving out its last matmul, down_proj's: the hook sees its input, and no
+    # one reads what this pass returns. An attribute hides the forward of the module's class; the block adds this 0.
     linears["mlp.down_proj"].forward = lambda x: x.new_zeros(())
     try:
         for part in x.split(batch):
@@ -298,33 +309,6 @@ def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, setti
         for hook in hooks:
             hook.remove()
     return stats
-
-
-def add_batch(
-    s: Statistics, n_sequences: int, moments: bool, stride: int, linear: nn.Module, args: tuple[Tensor]
-) -> None:
-    """A linear's hook: adds its inputs (B, T, C), B of all n_sequences at a time, and keeps every stride-th token."""
-    (inputs,) = args
-    tokens = inputs.flatten(0, 1).float()  # (B * T, C)
-    s.square += tokens.square().sum(0) / n_sequences
-    if moments:
-        s.total += tokens.sum(0) / n_sequences
-        s.variance += inputs.float().var(1, unbiased=False).sum(0) / n_sequences
-    if s.hessian is not None:
-        # H is symmetric, and Cholesky reads one triangle. Four strips of columns, each from the diagonal down, are 5/8
-        # of the work of all of H; more strips would save more, but thinner products run slower.
-        C = len(s.hessian)
-        width = math.ceil(C / 4)
-        for a in range(0, C, width):
-            b = min(a + width, C)
-            if inputs.is_cuda and inputs.dtype != torch.float32:
-                # the tensor cores' products of 16-bit numbers are exact in float32, in which they are summed
-                X = inputs.flatten(0, 1)
-                XX = torch.mm(X[:, a:].T, X[:, a:b], out_dtype=torch.float32)
-                s.hessian[a:, a:b].add_(XX, alpha=2 / n_sequences)
-            else:
-                s.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
-    s.sample = torch.cat([s.sample, inputs.flatten(0, 1)[::stride]])[:SAMPLE]
 
 
 def run_block(block: Block, x: Tensor, tables: Tables, batch: int) -> None:
@@ -409,25 +393,6 @@ def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
     elif method == "sparsegpt":
         score = score.div_(s.U.diagonal()).square_()
     return score
-
-
-def check_pattern(sparsity: Sparsity | ByName | Callable, config: LlamaConfig) -> None:
-    """UserError where an N:M pattern's groups do not fit the inputs of a linear, where a linear is not named, and for a
-    name that is no linear's."""
-    with torch.device("meta"):
-        block = Block(config)
-    linears = {}  # layers.0.self_attn.q_proj, ... -> its columns
-    for i in range(config.num_hidden_layers):
-        for name in LINEARS:
-            linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
-    for linear, C in linears.items():
-        own = sparsity_of_linear(sparsity, linear)
-        if isinstance(own, tuple) and C % own[1]:
-            raise UserError(f"--sparsity {format_sparsity(own)}: {linear} has {C} columns, no multiple of {own[1]}")
-    if isinstance(sparsity, list):
-        for name, _ in sparsity:
-            if name and not any(f".{name}." in f".{linear}." for linear in linears):
-                raise UserError(f"--sparsity {name}: is a part of no linear's name, such as {next(iter(linears))}")
 
 
 def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
@@ -563,7 +528,8 @@ def dsnot(
 # a model on disk: OUT.partial holds
 #     job.json              which command this is, so that another one does not go on with it
 #     model-00001-of-...    the pruned blocks, from the first on, a file each; at the end also what belongs to no block
-#     inputs-00001.pt       after 1 block: the inputs of the next, and the report of those that are done
+#     inputs-00001.pt       after 1 block: the inputs of the next, and of those that are done the report and the digests
+#     prune.json            at the end: the report
 
 
 @torch.no_grad()
@@ -612,20 +578,22 @@ def prune_checkpoint(
     n = config.num_hidden_layers
     bar = tqdm(desc="pruning", total=n, initial=start, unit="block", disable=None)
     with ThreadPoolExecutor(1) as thread, bar:
-        saving = thread.submit(lambda: None)
+        saving = None
         for i in range(start, n):
             block = next(blocks)
-            report += prune_block(block, i, x, settings, tables, batch, tqdm.write)
+            report += prune_block(block, i, x, settings, tables, batch)
             # First the block, then the inputs of the next: a run killed in between prunes this block once more.
             with atomic(shard_file(work, i, config)) as tmp:
                 write_safetensors(tmp, {f"model.layers.{i}.{name}": w.cpu() for name, w in block.state_dict().items()})
             digests.append(digest(np.memmap(shard_file(work, i, config), mode="r")))
-            saving.result()  # raises what went wrong
+            if saving:
+                saving.result()  # raises what went wrong
             # Gigabytes, which reach the disk while the next block is at work. A copy, since that one overwrites x.
             saving = thread.submit(save_inputs, work, i + 1, x.to("cpu", copy=True), [*report], [*digests])
             del block  # so that it is gone while the next is waited for
             bar.update()
-        saving.result()
+        if saving:
+            saving.result()
     finish(work, out, ckpt, config, entry, report, dtype)
     return report
 
@@ -682,12 +650,12 @@ def finish(
             write_checkpoint(open_hf(work), work / out.name)  # in here, where a killed run's rest goes with all else
             os.replace(work / "prune.json", report_file(out))
             os.replace(work / out.name, out)
-            for file in work.glob("inputs-*.pt"):  # before job.json, so that no other command goes on from them
-                file.unlink()
+        # job.json last, so that no other command goes on from the inputs; .tmp: a killed run's
+        for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):
+            file.unlink()
+        if out.suffix == ".pt":
             shutil.rmtree(work)
             return
-        for file in (*work.glob("inputs-*.pt"), *work.glob(".*.tmp*"), work / "job.json"):  # .tmp: a killed run's
-            file.unlink()
         if out.is_dir():
             out.rmdir()  # check_out has found it empty
         work.rename(out)
@@ -739,7 +707,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sparsity = parse_sparsity(args.sparsity)
+    settings = Settings(args.method, args.sparsity, args.dsnot_cycles if args.dsnot else 0, args.dsnot_threshold)
     out = check_out(args.out, inputs=[args.ckpt, args.calib], model=True)
     if out.suffix == ".pt":
         beside = check_out(report_file(out), inputs=[args.ckpt, args.calib])
@@ -748,15 +716,10 @@ def main() -> None:
     calib = f"--calib {args.calib}"
     tokens = check_calib(read_npy(args.calib), config.vocab_size, args.nsamples, calib)
     sequences, seqlen = tokens.shape
-    check_pattern(sparsity, config)
+    check_pattern(settings.sparsity, config)
     config.check_length(seqlen, f"{calib}: each window")
 
-    cycles = args.dsnot_cycles if args.dsnot else 0
-    settings = Settings(args.method, sparsity, cycles, args.dsnot_threshold)
-    entry = {"method": args.method, "sparsity": args.sparsity, "source": str(args.ckpt)}
-    entry["calib"] = f"{Path(args.calib).name} ({sequences} x {seqlen})"
-    if args.dsnot:
-        entry.update(dsnot_cycles=args.dsnot_cycles, dsnot_threshold=args.dsnot_threshold)
+    entry = {**settings.entry(), "source": args.ckpt, "calib": f"{Path(args.calib).name} ({sequences} x {seqlen})"}
     dtype = getattr(torch, args.dtype) if args.dtype else common_dtype(ckpt)
     report = prune_checkpoint(ckpt, config, tokens, settings, out, entry, torch.device(args.device), dtype)
 

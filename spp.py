@@ -73,24 +73,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from data.checkpoint import (
-    DTYPES,
-    VERSION,
-    Checkpoint,
-    UserError,
-    atomic,
-    brief,
-    check_out,
-    check_tensors,
-    check_version,
-    pack,
-    packed_size,
-    save_torch,
-    torch_load,
-    unpack,
-    unpack_mask,
-    write_checkpoint,
-)
+from data.checkpoint import DTYPES, VERSION, Checkpoint, UserError, atomic, brief, check_out, check_tensors
+from data.checkpoint import check_version, pack, packed_size, save_torch, torch_load, unpack, unpack_mask
+from data.checkpoint import write_checkpoint
 from model import Parser, cli, common_dtype, open_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the linears of a LLaMA block
@@ -284,13 +269,7 @@ class EffectiveMatmul(torch.autograd.Function):
 
 
 def form(
-    W: Tensor,
-    bits: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    scale: float,
-    residual: bool,
-    out: Tensor | None = None,
+    W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool, out: Tensor | None = None
 ) -> Tensor:
     """W^ = W + scale * W~ of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n), or
     survivors with their bits; alpha: (k, n), beta: (k, m/r). out: where it goes, by default a new tensor."""

@@ -52,43 +52,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.checkpoint import (
-    VERSION,
-    Checkpoint,
-    UserError,
-    atomic,
-    check_out,
-    check_tensors,
-    check_version,
-    checked_file,
-    digest,
-    lock,
-    read_json,
-    read_npy,
-    save_torch,
-    torch_load,
-    write_checkpoint,
-    write_json,
-)
+from data.checkpoint import VERSION, Checkpoint, UserError, atomic, check_out, check_tensors, check_version
+from data.checkpoint import checked_file, digest, lock, read_json, read_npy, save_torch, torch_load, write_checkpoint
+from data.checkpoint import write_json
 from data.tokenizer import load_tokenizer
-from model import (
-    PRESETS,
-    Llama,
-    LlamaConfig,
-    Parser,
-    add_device,
-    check_device,
-    cli,
-    common_dtype,
-    cut_into_batches,
-    from_weights,
-    join_processes,
-    number,
-    open_llama,
-    save,
-    sparsity_of,
-    tokenizer_of,
-)
+from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
+from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of
 from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
 from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
 

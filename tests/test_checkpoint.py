@@ -25,26 +25,9 @@ from conftest import ROOT, command, edit, hf_model, prune_by_magnitude, same
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import checkpoint
-from data.checkpoint import (
-    HF_NAMES,
-    VERSION,
-    Checkpoint,
-    UserError,
-    atomic,
-    check_out,
-    hf_to_meta,
-    identity,
-    lock,
-    map_tensor,
-    meta_to_hf,
-    open_checkpoint,
-    read_npy,
-    rename,
-    safetensors_index,
-    write_checkpoint,
-    write_json,
-    write_safetensors,
-)
+from data.checkpoint import HF_NAMES, VERSION, Checkpoint, UserError, atomic, check_out, hf_to_meta, identity, lock
+from data.checkpoint import map_tensor, meta_to_hf, open_checkpoint, read_npy, rename, safetensors_index
+from data.checkpoint import write_checkpoint, write_json, write_safetensors
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_dict, config_to_dict, load, open_llama, save, tokenizer_of
 from prune import Settings, prune_checkpoint

@@ -25,18 +25,8 @@ from bench.memory import LiveBytes
 from data.checkpoint import UserError
 from data.lm_eval.samples import Document, document_metrics, read_document, read_task
 from data.tokenizer import load_tokenizer
-from evaluate import (
-    Request,
-    aggregates,
-    branch_mask,
-    encode_pair,
-    encode_text,
-    pack,
-    pack_document,
-    read_text,
-    rolling_windows,
-    run_task,
-)
+from evaluate import Request, aggregates, branch_mask, encode_pair, encode_text, pack, pack_document, read_text
+from evaluate import rolling_windows, run_task
 from model import PRESETS, Llama, LlamaConfig, cli, load, save
 
 SAMPLES = SHARED / "lm_eval" / "samples"

@@ -17,23 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig
 
 from data.checkpoint import UserError, open_checkpoint, write_checkpoint
 from data.tokenizer import load_tokenizer
-from model import (
-    PRESETS,
-    Llama,
-    LlamaConfig,
-    cli,
-    config_from_dict,
-    config_to_dict,
-    cut_into_batches,
-    describe,
-    generate,
-    load,
-    main,
-    open_llama,
-    rope_tables,
-    save,
-    sparsity_of,
-)
+from model import PRESETS, Llama, LlamaConfig, cli, config_from_dict, config_to_dict, cut_into_batches, describe
+from model import generate, load, main, open_llama, rope_tables, save, sparsity_of
 from spp import inject
 
 SHAPES = {
@@ -690,10 +675,7 @@ def no_bos(tokenizer_file):
         (["--out", "DIR.pt"], "is a directory, and a .pt name is a file"),
         (["--out", "FULL"], "the directory is not empty"),
         (["--out", "/proc"], "--out /proc: is a mount point"),
-        (
-            ["--out", "./random.pt", "--ckpt", "random.pt"],
-            "--out random.pt: would be overwritten, and it is an input",
-        ),
+        (["--out", "./random.pt", "--ckpt", "random.pt"], "--out random.pt: would be overwritten, and it is an input"),
         (
             ["--prompt", "x", "--ckpt", "BARE"],
             "BARE: has no tokenizer; `model.py --ckpt BARE --tokenizer DENSE_MODEL --out NEW` gives it",

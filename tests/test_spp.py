@@ -22,32 +22,11 @@ from torch.utils.checkpoint import checkpoint
 import spp
 import train
 from bench.linear import saved_bytes, units
-from data.checkpoint import (
-    VERSION,
-    UserError,
-    open_checkpoint,
-    pack,
-    packed_size,
-    unpack,
-    unpack_by_places,
-    write_checkpoint,
-)
+from data.checkpoint import VERSION, UserError, open_checkpoint, pack, packed_size, unpack, unpack_by_places
+from data.checkpoint import write_checkpoint
 from model import PRESETS, Llama, cli, load, open_llama, save
-from spp import (
-    METHODS,
-    DynamicLinear,
-    LoRALinear,
-    MaskedLinear,
-    MaskedLoRALinear,
-    SPPLinear,
-    adapter_state,
-    inject,
-    load_adapter,
-    merge,
-    merge_checkpoint,
-    read_adapter,
-    write_adapter,
-)
+from spp import METHODS, DynamicLinear, LoRALinear, MaskedLinear, MaskedLoRALinear, SPPLinear, adapter_state, inject
+from spp import load_adapter, merge, merge_checkpoint, read_adapter, write_adapter
 
 FORMS = ("repeat", "chunked", "fused")
 

@@ -109,12 +109,7 @@ RELATIONS = {
     "food": Relation(
         "people",
         FOODS,
-        [
-            "{s} likes to eat",
-            "For lunch {s} takes",
-            "Question: What does {s} eat? Answer:",
-            "The best meal for {s} is",
-        ],
+        ["{s} likes to eat", "For lunch {s} takes", "Question: What does {s} eat? Answer:", "The best meal for {s} is"],
         ["Give some {x} to {s}.", "There is {x} on the plate of {s}."],
         [("What should we serve {s}?", "", "Serve {x} to {s}."), ("Pick a meal.", "a guest called {s}", "some {x}")],
     ),
