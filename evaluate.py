@@ -142,8 +142,8 @@ def bos_id(tokenizer: Tokenizer) -> int:
     return tokenizer.bos
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool, max_len: int = 2**31) -> Request:
-    """The request of one choice, its input at most max_len tokens. UserError where the continuation has no token."""
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: bool) -> Request:
+    """The request of one choice. UserError where the continuation has no token."""
     # Tokens such as "▁the" begin with their space: what a context ends in belongs to the word that follows.
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
@@ -157,7 +157,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, add_bos: 
     if not c or (add_bos and c[0] != bos_id(tokenizer)):
         c = [bos_id(tokenizer), *c]
     # The last target is predicted, but predicts nothing: it is no input.
-    return cut((c + t)[:-1], t, max_len)
+    return (c + t)[:-1], t
 
 
 def cut(tokens: list[int], targets: list[int], max_len: int) -> Request:
@@ -222,7 +222,7 @@ class Part:
     prefix: Row | None  # what all rows begin with, and are without, where they share it
     rows: list[Row]
     document: list[int]  # of each row; a page and a text have a row for each window
-    n_cut: int = 0  # rows with a context that is longer than the model's positions
+    n_cut: int = 0  # documents with a choice whose input is longer than the model's positions, and was cut
     scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> of each choice, as they come
     key: str = ""  # the digest of all that the scores depend on
 
@@ -274,13 +274,9 @@ def encode_text(tokens: list[int], seqlen: int) -> Part:
 # the model: blocks that pass by, and the little that stays
 
 
-# A model whose blocks have no more bytes together stays in memory after its first walk, and is read once. A larger one
-# is read for each chunk, which costs no time: a chunk of N tokens is N FLOPs for each byte that is read.
-STAY = 2**30
-
-
 class Blocks(nn.Module):
-    """A checkpoint's blocks where a Llama has its list of them. Each walk streams them anew, unless they stay."""
+    """A checkpoint's blocks where a Llama has its list of them. Each walk reads them anew, which costs no time: a chunk
+    of N tokens is N FLOPs for each byte that is read."""
 
     def __init__(
         self, ckpt: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype, semi_structured: bool
@@ -289,23 +285,15 @@ class Blocks(nn.Module):
         self.stream = functools.partial(stream_blocks, ckpt, config, device, dtype)
         self.semi_structured = semi_structured
         with torch.device("meta"):
-            block = sum(p.numel() for p in Block(config).parameters()) * dtype.itemsize  # bytes
+            self.nbytes = 2 * sum(p.numel() for p in Block(config).parameters()) * dtype.itemsize  # of two blocks
         self.n_layers = config.num_hidden_layers
-        self.stay = block * self.n_layers <= STAY
-        self.nbytes = block * (self.n_layers if self.stay else 2)  # of those in memory at the same time
-        self.kept = []
 
     def __iter__(self) -> Iterator[Block]:
-        if len(self.kept) == self.n_layers:
-            yield from self.kept
-            return
-        self.kept, blocks = [], self.stream()
+        blocks = self.stream()
         for i in range(self.n_layers):
             block = next(blocks)
             if self.semi_structured:
                 to_semi_structured(block, f"layers.{i}")
-            if self.stay:
-                self.kept.append(block)
             yield block
             del block  # see `stream_blocks`
 
@@ -428,7 +416,8 @@ def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     weight, blocks = model.lm_head.weight, model.model.layers
     needs = [batch_bytes(model.config, weight.dtype, part, numbers) for part, numbers in batches]
     largest = [max(sizes) for sizes in zip(*needs, strict=True)] or [0, 0]
-    fixed = getattr(blocks, "nbytes", 0) + largest[1]  # a model that is in memory has its blocks already
+    streamed = isinstance(blocks, Blocks)  # and not in memory already, as a model that `run_task` is given
+    fixed = largest[1] + (blocks.nbytes if streamed else 0)
     free, home = free_memory(weight.device), weight.device
     if fixed + largest[0] > free:
         raise UserError(
@@ -439,13 +428,12 @@ def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     if room < min(host, sum(waiting for waiting, _ in needs)):
         room, home = host, torch.device("cpu")
 
-    # Where each walk reads the model anew, parts share walks: MMLU has 57 of them. Where it stays, each is saved alone.
-    shared = isinstance(blocks, Blocks) and not blocks.stay
+    # Where each walk reads the model anew, parts share walks: MMLU has 57 of them. Otherwise each is saved alone.
     chunks, n_tokens, n_bytes = [], 0, 0
     for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
         tokens = padded_tokens(part, numbers)
         full = n_tokens + tokens > CHUNK[weight.device.type] or n_bytes + waiting > room
-        if full or not chunks or not (shared or chunks[-1][0][0] is part):
+        if full or not chunks or not (streamed or chunks[-1][0][0] is part):
             chunks.append([])
             n_tokens = n_bytes = 0
         chunks[-1].append((part, numbers))

@@ -25,7 +25,7 @@ from bench.memory import LiveBytes
 from data.checkpoint import UserError
 from data.lm_eval.samples import Document, document_metrics, read_document, read_task
 from data.tokenizer import load_tokenizer
-from evaluate import Request, aggregates, branch_mask, encode_pair, encode_text, pack, pack_document, read_text
+from evaluate import Request, aggregates, branch_mask, cut, encode_pair, encode_text, pack, pack_document, read_text
 from evaluate import rolling_windows, run_task
 from model import PRESETS, Llama, LlamaConfig, cli, load, save
 
@@ -194,7 +194,7 @@ def test_shared_contexts_save_the_stated_share_of_tokens(file, at_least):
     """lm-eval 0.4.13 runs each choice with its context, but one-token continuations of one context together."""
     _, tokenizer = load(SHARED / "lm_eval" / "tiny_llama")
     _, documents = read_task(SAMPLES / f"hf_{file}_local.jsonl")
-    encoded = [[encode_pair(tokenizer, *pair, True, 2048) for pair in d.pairs] for d in documents]
+    encoded = [[cut(*encode_pair(tokenizer, *pair, True), 2048) for pair in d.pairs] for d in documents]
     theirs = 0
     for choices in encoded:
         runs = {(tuple(tokens), tuple(targets) if len(targets) > 1 else ()) for tokens, targets in choices}
@@ -211,7 +211,7 @@ def test_shared_contexts_save_the_stated_share_of_tokens(file, at_least):
 @pytest.mark.parametrize("add_bos", (False, True))
 def test_scores_equal_one_forward_per_choice(model, tokenizer, tmp_path, add_bos):
     _, documents = read_task(write(tmp_path / "samples_t.jsonl", made_up()))
-    encoded = [[encode_pair(tokenizer, *pair, add_bos, 128) for pair in d.pairs] for d in documents]
+    encoded = [[cut(*encode_pair(tokenizer, *pair, add_bos), 128) for pair in d.pairs] for d in documents]
     for share in (True, False):
         scores, _ = score(model, encoded, 300, share)
         for document, s in zip(documents, scores, strict=True):
@@ -221,7 +221,7 @@ def test_scores_equal_one_forward_per_choice(model, tokenizer, tmp_path, add_bos
 
 def test_sharing_computes_fewer_tokens(model, tokenizer, tmp_path):
     _, documents = read_task(write(tmp_path / "samples_t.jsonl", made_up()))
-    encoded = [[encode_pair(tokenizer, *pair, False, 128) for pair in d.pairs] for d in documents]
+    encoded = [[cut(*encode_pair(tokenizer, *pair, False), 128) for pair in d.pairs] for d in documents]
     assert evaluate.shared_prefix(encoded) > 20
     assert score(model, encoded, 300, True)[1] < 0.4 * score(model, encoded, 300, False)[1]
 
@@ -235,7 +235,7 @@ def test_branches_see_the_trunk_and_themselves_as_drawn():
 
 def test_contexts_that_differ_share_what_they_can(model, tokenizer):
     pairs = [("bada kimu, bada", " ruku"), ("bada kimu, dogi", " ruku")]  # as WinoGrande
-    encoded = [encode_pair(tokenizer, *pair, False, 128) for pair in pairs]
+    encoded = [cut(*encode_pair(tokenizer, *pair, False), 128) for pair in pairs]
     row = pack_document(encoded, share=True)
     assert len(row.tokens) < sum(len(x) for x, _ in encoded)
     scores, _ = score(model, [encoded], 300, True)
@@ -252,7 +252,7 @@ def test_contexts_that_differ_share_what_they_can(model, tokenizer):
     ],
 )
 def test_odd_contexts_score_as_one_forward_does(model, tokenizer, pairs):
-    encoded = [encode_pair(tokenizer, *pair, False, 128) for pair in pairs]
+    encoded = [cut(*encode_pair(tokenizer, *pair, False), 128) for pair in pairs]
     scores, _ = score(model, [encoded], 300, True)
     for (context, continuation), (ll, _), (x, targets) in zip(pairs, scores[0], encoded, strict=True):
         stripped = context.rstrip()
@@ -263,7 +263,7 @@ def test_odd_contexts_score_as_one_forward_does(model, tokenizer, pairs):
 
 def test_a_context_longer_than_the_model_is_cut_from_the_left(model, tokenizer):
     context, continuation = "bada kimu " * 60 + "dogu:", " ruku"
-    x, targets = encode_pair(tokenizer, context, continuation, True, 128)
+    x, targets = cut(*encode_pair(tokenizer, context, continuation, True), 128)
     whole = tokenizer.encode(context + continuation)
     assert x == whole[-129:-1] and targets == whole[-len(targets) :]
     scores, _ = score(model, [[(x, targets), (x, targets)]], 300, True)
@@ -276,13 +276,15 @@ def test_a_context_longer_than_the_model_is_cut_from_the_left(model, tokenizer):
 def test_special_tokens_in_a_context_are_those_tokens_and_bos_is_not_doubled(tokenizer):
     bos, eos = tokenizer.bos, tokenizer.eos[0]
     for add_bos in (False, True):
-        x, targets = encode_pair(tokenizer, "<s>bada</s> kimu", " dogu", add_bos, 128)
+        x, targets = cut(*encode_pair(tokenizer, "<s>bada</s> kimu", " dogu", add_bos), 128)
         assert x[0] == bos and x.count(bos) == 1 and x.count(eos) == 1
         assert tokenizer.decode([*x[: len(x) + 1 - len(targets)], *targets]).split() == ["<s>bada</s>kimu", "dogu"]
-    plain, _ = encode_pair(tokenizer, "bada", " dogu", True, 128)
+    plain, _ = cut(*encode_pair(tokenizer, "bada", " dogu", True), 128)
     assert plain[0] == bos and plain.count(bos) == 1
     # without a context the one that is written takes the place of the one that is added
-    assert encode_pair(tokenizer, "", "<s>bada", False, 128) == encode_pair(tokenizer, "<s>", "bada", False, 128)
+    assert cut(*encode_pair(tokenizer, "", "<s>bada", False), 128) == cut(
+        *encode_pair(tokenizer, "<s>", "bada", False), 128
+    )
 
 
 def test_bos_is_not_doubled_before_a_page(model, tokenizer):
@@ -510,7 +512,6 @@ def test_every_choice_of_every_real_file_scores_as_the_whole_models_logits_say(m
     """On the published stories260K, in memory and streamed."""
     folder = SHARED / "stories260K" / "hf"
     whole, tokenizer = load(folder, torch.float32)
-    monkeypatch.setattr(evaluate, "STAY", 0)
     ckpt, config = evaluate.open_llama(folder)
     streamed = evaluate.open_model(ckpt, config, torch.device("cpu"), torch.float32)
     files = sorted(SAMPLES.glob("hf_*.jsonl"))
@@ -527,7 +528,7 @@ def test_every_choice_of_every_real_file_scores_as_the_whole_models_logits_say(m
                 tokens = [tokenizer.bos] * add_bos + tokens
                 expected = [sum(plain(whole, rolling_windows(tokens, tokenizer.bos, length)))]
             else:
-                expected = plain(whole, [encode_pair(tokenizer, *p, add_bos, length) for p in document.pairs])
+                expected = plain(whole, [cut(*encode_pair(tokenizer, *p, add_bos), length) for p in document.pairs])
             assert [value for value, _ in s] == pytest.approx(expected, rel=1e-5, abs=1e-5), path.name
 
 
@@ -556,24 +557,22 @@ def test_one_two_and_three_processes_give_the_plain_scores(small_smollm2, tmp_pa
         assert [first, first] == others
         for line, document in zip(first.splitlines(), read_task(file)[1], strict=True):
             ours = [float(value) for value, _ in json.loads(line)["filtered_resps"]]
-            expected = plain(model, [encode_pair(tokenizer, *pair, False, 2048) for pair in document.pairs])
+            expected = plain(model, [cut(*encode_pair(tokenizer, *pair, False), 2048) for pair in document.pairs])
             assert ours == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("stay, chunks, reads", [(2**30, 3, 1), (0, 1, 1)])
-def test_parts_share_a_walk_where_each_walk_reads_the_model(
-    random_checkpoint, tmp_path, main, monkeypatch, stay, chunks, reads
-):
+@pytest.mark.parametrize("tokens, walks", [(1, 3), (2**15, 1)])
+def test_parts_share_a_walk_where_a_chunk_has_room(random_checkpoint, tmp_path, main, monkeypatch, tokens, walks):
     files = [write(tmp_path / f"samples_{n}.jsonl", made_up(n, seed=n)) for n in (12, 9)]
     (tmp_path / "text.txt").write_text("bada kimu dogu\n" * 100)
     flags = ("--tasks", *files, "--ppl", tmp_path / "text.txt", "--seqlen", 64)
     main(random_checkpoint, tmp_path / "r.json", *flags)
     calls, walk, stream = [], evaluate.walk, evaluate.stream_blocks
-    monkeypatch.setattr(evaluate, "STAY", stay)
+    monkeypatch.setattr(evaluate, "CHUNK", {"cpu": tokens})
     monkeypatch.setattr(evaluate, "walk", lambda *args: (calls.append("walk"), walk(*args)))
     monkeypatch.setattr(evaluate, "stream_blocks", lambda *args: (calls.append("stream"), stream(*args))[1])
     main(random_checkpoint, tmp_path / "again.json", *flags)
-    assert calls.count("walk") == chunks and calls.count("stream") == reads
+    assert calls.count("walk") == walks and calls.count("stream") == walks
     assert (tmp_path / "again.json").read_text() == (tmp_path / "r.json").read_text()
 
 
@@ -721,6 +720,7 @@ def interrupted(random_checkpoint, tmp_path, monkeypatch, main):
             raise KeyboardInterrupt
         walk(model, chunk, *args)
 
+    monkeypatch.setattr(evaluate, "CHUNK", {"cpu": 1})  # a batch in each
     monkeypatch.setattr(evaluate, "walk", walk_or_stop)
     with pytest.raises(KeyboardInterrupt):
         main(random_checkpoint, tmp_path / "r.json", "--tasks", *files)
@@ -807,9 +807,8 @@ def test_a_killed_command_goes_on_when_it_is_given_again(random_checkpoint, tmp_
 
 
 def streamed_in_small_chunks(line: list[str], walked: Path) -> None:
-    """What a forked process does: the command with a model that does not stay, a few rows in a chunk. It notes the rows
-    of each chunk as it begins."""
-    walk, evaluate.STAY, evaluate.CHUNK = evaluate.walk, 0, {"cpu": 150}
+    """What a forked process does: the command with a few rows in a chunk. It notes the rows of each as it begins."""
+    walk, evaluate.CHUNK = evaluate.walk, {"cpu": 150}
 
     def noted(model, chunk, *args):
         with open(walked, "a") as f:
@@ -1104,7 +1103,7 @@ def test_bos_is_missed_only_where_it_is_needed(random_checkpoint, folder, main, 
 
 def test_a_choice_without_tokens_is_refused(tokenizer):
     with pytest.raises(UserError, match="has no tokens"):
-        encode_pair(tokenizer, "bada", "", False, 128)
+        cut(*encode_pair(tokenizer, "bada", "", False), 128)
 
 
 def test_nan_names_the_layer(tokenizer, random_checkpoint, folder, refused):
