@@ -199,13 +199,13 @@ class Attention(nn.Module):
                 k = torch.cat([cache[0].expand(B, -1, -1, -1), k], 2)  # (B, key-value heads, past + T, head_dim)
                 v = torch.cat([cache[1].expand(B, -1, -1, -1), v], 2)
             cache[:] = [k, v]
-        # Without a mask attention is causal.
         groups = q.shape[1] // k.shape[1]  # query heads that share a key-value head
         if groups > 1 and x.is_cuda and (mask is not None or x.dtype == torch.float32):
             # Flash attention takes no mask and no float32, the memory-efficient kernel no groups: with both, torch
             # would fall back on the kernel that holds the scores of every head, T x (past + T), in memory.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, query heads, past + T, ...)
             groups = 1
+        # Without a mask attention is causal.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -278,11 +278,11 @@ class Llama(nn.Module):
         layer, empty at first, that this call fills with keys and values; a cache of batch 1 serves any B.
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
+        keys = torch.arange(past + tokens.shape[1], device=tokens.device)
         if positions is None:
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+            positions = keys[past:]
         mask = None
         if past:  # SDPA's own causal flag aligns the first query with the first key: not ours here
-            keys = torch.arange(past + tokens.shape[1], device=tokens.device)
             mask = keys <= keys[past:, None]
         x = self.model.embed_tokens(tokens)
         cos, sin = rope_tables(self.config, positions, x.dtype)
@@ -316,7 +316,7 @@ class Llama(nn.Module):
         where it learns, logits are made again in the backward pass.
         """
         head = self.lm_head.weight
-        if type(self.lm_head) is nn.Linear and not head.requires_grad:
+        if type(self.lm_head) is nn.Linear and not head.requires_grad:  # an adapter in its place uses another weight
             return FrozenHeadLoss.apply(x, head, targets)
 
         def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
@@ -406,21 +406,17 @@ def cut_into_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 # a checkpoint as a LLaMA
 
 
-# Settings of LLaMA's relatives that would change the function, and their values in a LLaMA: any other is refused. A key
-# that is absent or null means what LLaMA does.
-OFF = """attention_bias attention_out_bias mlp_bias qkv_bias use_bias rope_interleaved alibi use_sliding_window
-    qk_norm use_qk_norm qk_layernorm attn_temperature_tuning use_parallel_residual"""
-ONE = "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb"
-ZERO = "no_rope_layer_interval num_experts num_local_experts n_routed_experts"
-NEVER = "clip_qkv attn_logit_softcapping final_logit_softcapping transformers_weights"
-PLAIN = {
-    "hidden_act": ("silu", "swish"),
-    "no_rope_layers": ([],),
-    **dict.fromkeys(OFF.split(), (False,)),
-    **dict.fromkeys(ONE.split(), (1,)),
-    **dict.fromkeys(ZERO.split(), (0,)),
-    **dict.fromkeys(NEVER.split(), ()),
-}
+# Settings of LLaMA's relatives that would change the function, by the values that they have in a LLaMA: any other is
+# refused. A key that is absent or null means what LLaMA does.
+PLAIN = (
+    (("silu", "swish"), "hidden_act"),
+    ((False,), "attention_bias attention_out_bias mlp_bias qkv_bias use_bias rope_interleaved alibi qk_norm"),
+    ((False,), "use_qk_norm qk_layernorm use_sliding_window attn_temperature_tuning use_parallel_residual"),
+    ((1,), "partial_rotary_factor rotary_pct embedding_multiplier residual_multiplier logits_scaling"),
+    ((1,), "logit_scale scale_emb"),
+    ((0,), "no_rope_layer_interval num_experts num_local_experts n_routed_experts"),
+    ((), "clip_qkv attn_logit_softcapping final_logit_softcapping transformers_weights"),
+)
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -463,7 +459,7 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
         needed = ROPE_SCALING.get(kind) if isinstance(kind, str) else None
         check(rope_key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
-        numbers = all(is_positive(scaling.get(name), int, float) for name in needed)
+        numbers = all(is_number(scaling.get(name)) for name in needed)
         check(rope_key, numbers, f"{', '.join(needed)} above 0")
         values["rope_scaling"] = {name: scaling[name] for name in ("rope_type", *needed)}
     if values.get("model_type") == "mistral":
@@ -490,9 +486,9 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         if field.type is bool:
             check(key, type(x) is bool, "true or false")
         elif field.type is float:
-            check(key, is_positive(x, int, float), "a number above 0")
+            check(key, is_number(x), "a number above 0")
         else:
-            check(key, is_positive(x, int), "a whole number from 1 to 2**28")
+            check(key, is_count(x), "a whole number from 1 to 2**28")
 
     config = LlamaConfig(**given)
     heads, head_dim = config.num_attention_heads, config.head_dim
@@ -501,19 +497,24 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
     check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
     if unknown_length and scaling is not None and scaling["rope_type"] == "dynamic":  # it stretches what is beyond
         raise UserError(f"{source}: config: has no max_position_embeddings, which a dynamic rope_scaling needs")
-    # SDPA divides scores by the root of head_dim: these say the same, or another model's way
-    of_head = {"attention_multiplier": (head_dim**-0.5,), "query_pre_attn_scalar": (head_dim,)}
-    for key, plain in {**PLAIN, **of_head}.items():
+    # SDPA divides scores by the root of head_dim: the first two say the same, or another model's way
+    of_head = ((head_dim**-0.5,), "attention_multiplier"), ((head_dim,), "query_pre_attn_scalar")
+    for plain, keys in PLAIN + of_head:
         expected = " or ".join(repr(x) for x in plain) or "none of it"
-        check(key, values.get(key) is None or values[key] in plain, f"{expected}, as LLaMA's")
+        for key in keys.split():
+            check(key, values.get(key) is None or values[key] in plain, f"{expected}, as LLaMA's")
+    check("no_rope_layers", not values.get("no_rope_layers"), "none, as LLaMA's")
     layer_types = values.get("layer_types") or []
     check("layer_types", all(kind == "full_attention" for kind in layer_types), "'full_attention' alone, as LLaMA's")
     return config
 
 
-def is_positive(x: Any, *types: type) -> bool:
-    """Whether x is a number above 0 of one of these types; a whole one so small that a product of two fits int64."""
-    return type(x) in types and 0 < x < (2**28 if types == (int,) else 2.0**64)  # type: JSON's true is no 1
+def is_number(x: Any) -> bool:
+    return type(x) in (int, float) and 0 < x < 2.0**64  # type: JSON's true is no 1
+
+
+def is_count(x: Any) -> bool:
+    return type(x) is int and 0 < x < 2**28  # so that a product of two fits int64
 
 
 def rope_settings(values: dict) -> dict:
