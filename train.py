@@ -158,6 +158,7 @@ def main() -> None:
     start, first, best = 0, math.inf, math.inf  # inf: none yet
     base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
     if int(os.environ.get("RANK", 0)) == 0:
+        args.resume = args.resume or restarted(out_dir)
         base = ckpt.fingerprint() if args.ckpt else args.preset
         run_id, run_lock = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  held until the process ends
         if args.resume:
@@ -564,14 +565,8 @@ def lowest_limit(sizes: list[int], count: int, max_tokens: int) -> int:
 
 def ablations(args: argparse.Namespace) -> dict:
     """The ablations of SPP that the command asks for, as SPPLinear takes them; empty for SPP itself."""
-    options = {}
-    if args.no_beta:
-        options["beta"] = False
-    if args.zero_init != "beta":
-        options["zero_init"] = args.zero_init
-    if args.no_residual:
-        options["residual"] = False
-    return options
+    given = {"beta": not args.no_beta, "zero_init": args.zero_init, "residual": not args.no_residual}
+    return {key: value for key, value in given.items() if value not in (True, "beta")}
 
 
 def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
@@ -661,11 +656,18 @@ def update_masks(model: Llama, sparsity: Sparsity) -> None:
 # the run's folder: config.json, states, log
 
 
-# What may differ when a run goes on: none of these moves the result by more than rounding (the checkpoint and the data
-# are compared by fingerprint; eval_interval is not here, since it decides which adapter is kept). But for lr: so that a
-# run that diverged can go on with a lower one.
-MAY_DIFFER = ("lr", "resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
+# What may differ when a run goes on: none of these but lr moves the result by more than rounding. The checkpoint and the
+# data are compared by fingerprint instead of by name; eval_interval is not here, since it decides which adapter is kept.
+MAY_DIFFER = ("resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
 MAY_DIFFER += ("fsdp", "activation_checkpointing", "compile")
+MAY_DIFFER += ("lr",)  # so that a run that diverged can go on with a lower one
+
+
+def restarted(out_dir: Path) -> bool:
+    """Whether torchrun (--max_restarts) has started this command again, and itself began the run in this folder."""
+    file = out_dir / "config.json"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and file.exists() and read_json(file, dict).get("parent") == os.getppid()
 
 
 def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, world: int) -> tuple[str, object]:
@@ -675,9 +677,6 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
         raise UserError(f"--out_dir {args.out_dir!r}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir", [path for path in (args.ckpt, args.tokenizer) if path])
     file = out_dir / "config.json"
-    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun, which gives the same command
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and file.exists():  # again with --max_restarts: it
-        args.resume |= read_json(file, dict).get("torchrun") == agent  # resumes what it began, and no other run
     names = ["config.json", "adapter.pt", "merged.pt", "log.jsonl", *(path.name for _, path in saved_states(out_dir))]
     for name in names:
         if not (out_dir / name).exists():
@@ -693,7 +692,7 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
     same = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
     config["run"] = digest(same, base, config["data"])
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config.update(world_size=world, torchrun=agent)
+    config.update(world_size=world, parent=os.getppid())
     if not file.exists():  # with --resume too: nothing was saved yet
         write_json(file, config)
         return config["run"], held
@@ -717,11 +716,6 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.bool)  # of what learns, and of masks
 
 
-def state_names(model: Llama) -> set[str]:
-    """The tensors of a state: what learns, and masks that follow it."""
-    return {name for name, p in model.named_parameters() if p.requires_grad} | {k for k, _ in model.named_buffers()}
-
-
 def gathered(model: Llama, optimizer: torch.optim.Optimizer) -> dict:
     """{"model": what learns, and masks that follow it, "optimizer": AdamW's moments}, whole and on the CPU, under the
     model's own names, whatever wraps it. Under FSDP every process has to call it."""
@@ -729,7 +723,9 @@ def gathered(model: Llama, optimizer: torch.optim.Optimizer) -> dict:
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
-    names = state_names(model)  # --packed's bits are not among them
+    names = {
+        name for name, _ in [*model.named_parameters(), *model.named_buffers()]
+    }  # a tied head has two, and here one
     return {"model": {name: w for name, w in weights.items() if name in names}, "optimizer": moments}
 
 
@@ -792,26 +788,26 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
 def state_is_whole(state: Any, path: Path, run: str, step: int, model: Llama) -> bool:
     """Whether a state is this run's after this step, with every tensor that the model learns and AdamW's moments of
     each, in their shapes."""
-    expected = {name: w.shape for name, w in model.state_dict().items() if name in state_names(model)}
+    masks = {name: mask.shape for name, mask in model.named_buffers()}
     learning = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     try:
-        if state["run"] != run or type(state["step"]) is not int or state["step"] != step:
-            return False
-        shapes = {name: w.shape for name, w in state["model"].items()}
-        for name, shape in shapes.items():
-            if name in learning and name.endswith("_proj.weight") and len(shape) == 1:  # survivors: any number of them
-                expected[name] = learning[name] = shape
-        moments = {name: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for name, shape in learning.items()}
-        optimizer = state["optimizer"]
-        found = {name: {key: w.shape for key, w in kept.items()} for name, kept in optimizer["state"].items()}
-        losses = all(isinstance(state[key], float) and state[key] == state[key] for key in ("first", "best"))  # no NaN
-        if not isinstance(state["best_adapter"], dict | None):
-            return False
-        parts = [state["model"], *optimizer["state"].values()]
+        moments = state["optimizer"]["state"]
+        parts = [state["model"], *moments.values()]
         for part in parts:
             check_tensors(part, path)
-        finite = all(w.dtype in STATE_DTYPES and w.isfinite().all() for part in parts for w in part.values())
-        return losses and finite and shapes == expected and found == moments
+        shapes = {name: w.shape for name, w in state["model"].items()}
+        for name in learning:
+            if name.endswith("_proj.weight") and len(shapes[name]) == 1:  # --packed: survivors, any number of them
+                learning[name] = shapes[name]
+        found = {name: {key: w.shape for key, w in kept.items()} for name, kept in moments.items()}
+        return (
+            (state["run"], type(state["step"]), state["step"]) == (run, int, step)
+            and all(isinstance(state[key], float) and not math.isnan(state[key]) for key in ("first", "best"))
+            and isinstance(state["best_adapter"], dict | None)
+            and shapes == masks | learning
+            and found == {name: {"step": (), "exp_avg": s, "exp_avg_sq": s} for name, s in learning.items()}
+            and all(w.dtype in STATE_DTYPES and w.isfinite().all() for part in parts for w in part.values())
+        )
     except (KeyError, IndexError, TypeError, AttributeError, UserError):  # edited by hand
         return False
 

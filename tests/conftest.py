@@ -1,5 +1,6 @@
 """What several test files need: a tokenizer and a model so small that making them takes a second, and its pruning."""
 
+import dataclasses
 import json
 import os
 import random
@@ -106,7 +107,7 @@ def random_checkpoint(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture
 def model() -> Llama:
     torch.manual_seed(0)
-    return Llama(PRESETS["test"])
+    return Llama(dataclasses.replace(PRESETS["test"]))  # a copy of its settings, which a test may change
 
 
 @pytest.fixture

@@ -463,7 +463,7 @@ def test_a_command_that_torchrun_starts_again_goes_on_without_resume(world, long
 def test_a_command_that_torchrun_starts_again_resumes_no_run_that_it_did_not_begin(world, long, tmp_path):
     shutil.copytree(world / "long", tmp_path / "run")
     (tmp_path / "run" / "merged.pt").unlink()
-    edit(tmp_path / "run" / "config.json", torchrun=1)  # the process that began it
+    edit(tmp_path / "run" / "config.json", parent=1)  # the process that began it
     job = Job(*command(world, tmp_path / "run", *LONG), env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert "holds config.json; --resume continues a run" in error(job)
     assert not (tmp_path / "run" / "merged.pt").exists()
@@ -725,7 +725,7 @@ def shortened(state):
         lambda state: state["model"].update({ALPHA: None}),
         lambda state: state["model"].update(other=torch.zeros(3)),
         without("version"),
-        lambda state: state.update(version=2),
+        lambda state: state.update(version=1),
         lambda state: state.update(step=31),
     ],
 )
