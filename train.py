@@ -172,13 +172,7 @@ def main() -> None:
         start, first, best = progress
     mesh = init_device_mesh(args.device, (world,)) if args.fsdp and world > 1 else None
     log = tqdm.write if rank == 0 else lambda text: None
-    if ckpt is not None:
-        log_sparsity(log, args, ckpt)
-    if lr_source:
-        log(f"--lr {args.lr:g}: {lr_source}")
-    if plan.steps < 100 and plan.batch_size > world:
-        few = f"note: {plan.steps} steps of {plan.batch_size} examples"
-        log(f"{few}: below about 100, a smaller --batch_size and so more steps make more of the same data")
+    log_start(log, args, ckpt, lr_source, plan, world)
 
     # --- model and optimizer
     torch.manual_seed(args.seed)  # of a --preset's weights
@@ -354,15 +348,28 @@ def check_settings(args: argparse.Namespace) -> None:
             raise UserError(f"--{key}: means nothing to --method {args.method}{given}")
 
 
-def log_sparsity(log: Callable[[str], None], args: argparse.Namespace, ckpt: Checkpoint) -> None:
-    """Says how sparse the checkpoint is, and what about it may be an oversight."""
-    zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
-    stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
-    log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
-    if stay and zeros < 0.01:
-        log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
-    if ckpt.tokenizer is None:
-        log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
+def log_start(
+    log: Callable[[str], None],
+    args: argparse.Namespace,
+    ckpt: Checkpoint | None,
+    lr_source: str | None,
+    plan: "Plan",
+    world: int,
+) -> None:
+    """Says how sparse the checkpoint is, where the learning rate comes from, and what may be an oversight."""
+    if ckpt is not None:
+        zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
+        stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
+        log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
+        if stay and zeros < 0.01:
+            log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
+        if ckpt.tokenizer is None:
+            log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
+    if lr_source:
+        log(f"--lr {args.lr:g}: {lr_source}")
+    if plan.steps < 100 and plan.batch_size > world:
+        few = f"note: {plan.steps} steps of {plan.batch_size} examples"
+        log(f"{few}: below about 100, a smaller --batch_size and so more steps make more of the same data")
 
 
 def fill_in(args: argparse.Namespace, config: LlamaConfig, ckpt: Checkpoint | None) -> None:
@@ -656,8 +663,8 @@ def update_masks(model: Llama, sparsity: Sparsity) -> None:
 # the run's folder: config.json, states, log
 
 
-# What may differ when a run goes on: none of these but lr moves the result by more than rounding. The checkpoint and the
-# data are compared by fingerprint instead of by name; eval_interval is not here, since it decides which adapter is kept.
+# What may differ when a run goes on: none of these but lr moves the result by more than rounding. The checkpoint and
+# the data are compared by fingerprint, not by name; eval_interval is not here: it decides which adapter is kept.
 MAY_DIFFER = ("resume", "out_dir", "data", "ckpt", "device", "max_tokens", "save_interval")
 MAY_DIFFER += ("fsdp", "activation_checkpointing", "compile")
 MAY_DIFFER += ("lr",)  # so that a run that diverged can go on with a lower one
@@ -723,9 +730,8 @@ def gathered(model: Llama, optimizer: torch.optim.Optimizer) -> dict:
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
-    names = {
-        name for name, _ in [*model.named_parameters(), *model.named_buffers()]
-    }  # a tied head has two, and here one
+    own = [*model.named_parameters(), *model.named_buffers()]  # of a tied head one name, not two
+    names = {name for name, _ in own}
     return {"model": {name: w for name, w in weights.items() if name in names}, "optimizer": moments}
 
 
