@@ -853,10 +853,15 @@ def check_device(device: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def world_size() -> int:
+    """The number of processes that torchrun has started for this run; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_processes(device: str) -> tuple[int, int]:
     """(rank, world): joins the process group that torchrun has prepared, each process with a GPU of its own. Without
     torchrun (0, 1), and no group. UserError where there are too few GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world == 1:
         return 0, 1
     if device == "cuda":
@@ -917,63 +922,56 @@ def end_by_bus_error(number: int) -> None:
     os._exit(2)
 
 
-def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
-    """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
-    memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all."""
+def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> NoReturn:
+    """Runs a file's main function, and exits. A UserError becomes one line on stderr and exit status 2, and so does
+    running out of memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all.
+    """
     name = Path(sys.argv[0]).name
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with_parent()
     ctypes.CDLL(None).signal(signal.SIGBUS, end_by_bus_error)
 
-    def leave(status: int | str | None) -> NoReturn:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            sys.exit(status)
-        # Not tidily: torch's threads may abort or hang then, and torchrun would end the others, or wait for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else int(status is not None))
-
-    def tell(line: str) -> None:
+    def tell(line: str, status: int) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         if first_to_speak():
             print(f"{name}{rank}: {line}", file=sys.stderr)
         else:  # torchrun ends all processes as soon as one exits; let it be the one that has spoken
             time.sleep(5)
+        return status
 
     try:
         main()
+        status, lost = 0, sys.stdout.error
+        if isinstance(lost, OSError) and lost.errno != errno.EPIPE:  # a reader that has left wanted no more
+            status = tell(f"error: standard output could not be written: {lost.strerror}", 1)
     except SystemExit as e:  # --help, or a run that was stopped
-        leave(e.code)
+        status = e.code
     except UserError as e:
-        tell(f"error: {' '.join(str(e).splitlines())}")
-        leave(2)
+        status = tell(f"error: {' '.join(str(e).splitlines())}", 2)
     except KeyboardInterrupt:
-        tell("interrupted")
-        leave(130)
+        status = tell("interrupted", 130)
     except OSError as e:  # a full disk under the log of a run, for one
-        tell(f"error: {e.filename or 'a file'}: {e.strerror or e}")
-        leave(2)
+        status = tell(f"error: {e.filename or 'a file'}: {e.strerror or e}", 2)
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or re.search("Connection (reset|closed) by peer", str(e)):
-            tell("another process of this run has ended; what it said, or the system's log, says why")
-            leave(1)
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            status = tell("another process of this run has ended; what it said, or the system's log, says why", 1)
+        elif isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            status = tell(f"error: out of memory ({str(e).splitlines()[0]:.100}); what helps: {out_of_memory}", 2)
+        else:
             raise
-        tell(f"error: out of memory ({str(e).splitlines()[0]:.100}); what helps: {out_of_memory}")
-        leave(2)
-    lost = sys.stdout.error
-    if isinstance(lost, OSError) and lost.errno != errno.EPIPE:  # a reader that has left wanted no more
-        tell(f"error: standard output could not be written: {lost.strerror}")
-        leave(1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        leave(0)
+    if world_size() > 1:
+        # Not tidily: torch's threads may abort or hang then, and torchrun would end the others, or wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 def first_to_speak() -> bool:
     """Whether no other process of this torchrun on this machine has spoken: each tries to take one socket name, which
     the system frees when its process ends."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return True
     global voice  # so that the socket lives as long as the process
     voice = socket.socket(socket.AF_UNIX)

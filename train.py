@@ -57,7 +57,7 @@ from data.checkpoint import checked_file, digest, lock, read_json, read_npy, sav
 from data.checkpoint import write_json
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
-from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of
+from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of, world_size
 from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
 from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
@@ -137,7 +137,7 @@ def main() -> None:
     # --- settings, data and the model's shapes: what is wrong with them is said before the run's folder is touched
     args = make_parser().parse_args()
     check_settings(args)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if args.ckpt:
         ckpt, config = open_llama(args.ckpt)
     else:

@@ -318,29 +318,26 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
         raise UserError(f"{flag}: is empty, expected a name")
     path = Path(path)
     target = Path(os.path.realpath(path))  # not Path.resolve, which fails at a link to itself
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        raise UserError(f"{flag} {path}: is not an ordinary file, and cannot be replaced by one")
     for real in [Path(os.path.realpath(p)) for p in inputs]:
         if target == real or real in target.parents:
             what = "is an input" if target == real else f"lies in {real}, an input"
             raise UserError(f"{flag} {path}: would be overwritten, and it {what}")
-    if model and path.suffix in (".json", ".jsonl", ".npy"):
-        raise UserError(f"{flag} {path}: a model is no {path.suffix} file; name a .pt file or a directory")
-    if path.suffix in (".safetensors", ".bin", ".pth"):
-        raise UserError(
-            f"{flag} {path}: a {path.suffix} name is a file of weights alone; name a .pt file or a directory"
-        )
-    file = path.suffix in (".pt", ".npy", ".json", ".jsonl")
-    if not file and os.path.ismount(path):
-        raise UserError(f"{flag} {path}: is a mount point, which cannot be replaced; name a directory inside of it")
-    if file and path.is_dir():
-        raise UserError(f"{flag} {path}: is a directory, and a {path.suffix} name is a file")
-    if not file and target.is_symlink():
-        raise UserError(f"{flag} {path}: is a symbolic link that leads to itself")
-    if not file and path.is_file():
-        raise UserError(f"{flag} {path}: is a file; a name without .pt is a directory")
-    if not file and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{flag} {path}: the directory is not empty; name a new one or remove it")
+    kind, file = path.suffix, path.suffix in (".pt", ".npy", ".json", ".jsonl")
+    refused = {
+        "is a symbolic link that leads to itself": not file and target.is_symlink(),
+        "is not an ordinary file, and cannot be replaced by one": target.exists()
+        and not (target.is_file() or target.is_dir()),
+        f"a model is no {kind} file; name a .pt file or a directory": model and file and kind != ".pt",
+        f"a {kind} name is a file of weights alone; name a .pt file or a directory": kind
+        in (".safetensors", ".bin", ".pth"),
+        f"is a directory, and a {kind} name is a file": file and path.is_dir(),
+        "is a mount point, which cannot be replaced; name a directory inside of it": not file and os.path.ismount(path),
+        "is a file; a name without .pt is a directory": not file and path.is_file(),
+        "the directory is not empty; name a new one or remove it": not file and path.is_dir() and any(path.iterdir()),
+    }
+    for why, found in refused.items():
+        if found:
+            raise UserError(f"{flag} {path}: {why}")
     try:
         temporary(target).exists()  # a name may be too long
         existing = next(p for p in path.absolute().parents if p.exists())
@@ -351,12 +348,14 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
 
 
 def check_ours(path: Path, key: str, what: str) -> None:
-    """UserError, which begins with `what`, if a JSON file is there that holds no `key`, in the first of several lines,
-    and so is none of the kind that would replace it."""
+    """UserError, which begins with `what`, where there is a JSON file without `key` (of a .jsonl: the first line), and
+    so none of the kind that would replace it."""
     if not path.exists():
         return
-    lines = read_json_lines(path, surrogates=True) if path.suffix == ".jsonl" else iter([("", read_json(path, dict))])
-    _, there = next(lines, ("", {}))
+    if path.suffix == ".jsonl":
+        _, there = next(read_json_lines(path, surrogates=True), ("", {}))
+    else:
+        there = read_json(path, dict)
     if key not in there:
         raise UserError(f"{what} would overwrite {path}, which is a file of another kind")
 
@@ -539,16 +538,8 @@ def unpack_by_places(values: Tensor, bits: Tensor, n: int) -> Tensor:
 
 
 # What travels with a model, besides the tokenizer's main file and the history
-TRAVELS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "LICEN[SC]E*",
-    "USE_POLICY*",
-    "NOTICE*",
-)
+TRAVELS = """generation_config.json tokenizer*.json special_tokens_map.json added_tokens.json chat_template*
+    LICEN[SC]E* USE_POLICY* NOTICE*""".split()
 
 
 def travels(name: str) -> bool:

@@ -104,13 +104,13 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
 
 
 class Tokenizer:
-    """Text <-> ids. The two kinds add encode_text and decode_text, for text between special tokens.
+    """Text <-> ids. Subclasses add encode_text and decode_text, for text between special tokens, and `rules`, all else
+    that determines ids.
 
     data: the principal file as it came; files: name -> bytes of the siblings used; vocab: token -> id of the model;
     special: id -> text of special and added tokens; vocab_size: the largest id + 1, added tokens that the model beside
     it has no embedding for (a `<pad>`) not counted; bos: its id or None; eos: the ids that end a text, first the one
-    that training examples end with; adds_bos: whether, as the model's files have it, BOS
-    stands before every text (lm-eval follows that); fingerprint: SHA-256, in hex, of all that determines ids."""
+    that training examples end with; fingerprint: SHA-256, in hex, of all that determines ids."""
 
     def __init__(self, where: str, settings: dict[str, dict], vocab: dict[str, int]):
         """settings: file name -> content of the siblings; "itself": what the principal file says of special tokens."""
@@ -133,11 +133,6 @@ class Tokenizer:
         own = self.ids.get(token_text(config.get("eos_token")))
         if own in self.eos:
             self.eos = (own, *(id for id in self.eos if id != own))
-        self.adds_bos = self.bos is not None and config.get("add_bos_token") is not False
-        if "tokenizer.json" in settings:  # then transformers 5 asks its template alone
-            steps = flatten(settings["tokenizer.json"].get("post_processor"), "processors")
-            templates = [step["single"] for step in steps if step["type"] == "TemplateProcessing"]
-            self.adds_bos = any("SpecialToken" in template[0] for template in templates)
 
     def stated(self, where: str, settings: dict[str, dict], key: str) -> list[int]:
         """The ids of key, "bos" or "eos", in the first file that names any."""

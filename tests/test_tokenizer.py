@@ -21,7 +21,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from conftest import REAL, SHARED, needs_shared
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer as module
 import evaluate
@@ -286,7 +286,7 @@ def test_metas_file_is_followed_by_256_special_tokens():
     tokenizer = load_tokenizer(data)
     assert tokenizer.vocab_size == n + 256 and len(tokenizer.special) == 256
     assert tokenizer.encode("<|begin_of_text|><|end_of_text|><|eot_id|>") == [n, n + 1, n + 9]
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.adds_bos) == (n, (n + 1, n + 8, n + 9), True)
+    assert (tokenizer.bos, tokenizer.eos) == (n, (n + 1, n + 8, n + 9))
 
 
 # --- sentencepiece
@@ -299,7 +299,7 @@ def test_sentencepiece_ids_are_the_librarys(tokenizer_file):
         assert tokenizer.encode(text, special=False) == model.encode(text)
         assert tokenizer.encode(text) == model.encode(text)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (1, (2,), model.vocab_size())
-    assert tokenizer.data == tokenizer_file.read_bytes() and tokenizer.files == {} and tokenizer.adds_bos
+    assert tokenizer.data == tokenizer_file.read_bytes() and tokenizer.files == {}
 
 
 def test_sentencepieces_special_tokens_are_found_in_text(tmp_path):
@@ -467,20 +467,6 @@ def test_a_sentencepiece_model_knows_better_than_files_that_name_unk_as_bos(toke
     files = {name: json.dumps(content).encode() for name, content in files.items()}
     tokenizer = load_tokenizer(tokenizer_file.read_bytes(), files)
     assert (tokenizer.bos, tokenizer.eos) == (1, (2,))
-
-
-def test_adds_bos_is_what_the_files_say(tokenizer_file):
-    reference = train("llama3-like")
-    assert ours(reference).adds_bos is False
-    template = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
-    for post in (template, processors.Sequence([processors.ByteLevel(), template])):
-        reference.post_processor = post
-        assert ours(reference).adds_bos is True
-    reference.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    assert ours(reference).adds_bos is False
-    for stated in (True, False):
-        files = {"tokenizer_config.json": json.dumps({"add_bos_token": stated}).encode()}
-        assert load_tokenizer(tokenizer_file.read_bytes(), files).adds_bos is stated
 
 
 def test_a_directory_a_file_a_checkpoint_and_bytes_give_the_same_tokenizer(tmp_path, tokenizer_file, monkeypatch):
