@@ -922,10 +922,9 @@ def end_by_bus_error(number: int) -> None:
     os._exit(2)
 
 
-def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> NoReturn:
-    """Runs a file's main function, and exits. A UserError becomes one line on stderr and exit status 2, and so does
-    running out of memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all.
-    """
+def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
+    """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
+    memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all."""
     name = Path(sys.argv[0]).name
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -965,7 +964,8 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def first_to_speak() -> bool:
