@@ -231,7 +231,7 @@ class Part:
         return len(self.prefix.tokens) if self.prefix else 0
 
 
-def pack(requests: list[list[Request]], document: list[int], share: bool = True) -> Part:
+def make_part(requests: list[list[Request]], document: list[int], share: bool = True) -> Part:
     """A part from the requests of each of its rows. share=False: see `pack_document`."""
     skip, prefix = 0, None
     if share:
@@ -259,7 +259,7 @@ def encode_task(
             rows = [[cut(*request, max_len) for request in choices]]
         requests += rows
         numbers += [i] * len(rows)
-    part = pack(requests, numbers, share)
+    part = make_part(requests, numbers, share)
     part.n_cut = n_cut
     return part
 
@@ -267,7 +267,7 @@ def encode_task(
 def encode_text(tokens: list[int], seqlen: int) -> Part:
     """A text as a part: of each window of seqlen tokens all but the first are targets, without a context."""
     windows = [tokens[i : i + seqlen] for i in range(0, len(tokens) - seqlen + 1, seqlen)]
-    return pack([[(window[:-1], window[1:])] for window in windows], [0] * len(windows))
+    return make_part([[(window[:-1], window[1:])] for window in windows], [0] * len(windows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,15 +398,15 @@ def make_batches(parts: list[Part], max_tokens: int) -> list[Rows]:
     return batches
 
 
-def padded_tokens(part: Part, numbers: list[int]) -> int:
+def batch_tokens(part: Part, numbers: list[int]) -> int:
     return len(numbers) * len(part.rows[numbers[0]].tokens)  # the first is the longest
 
 
 def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
     """The batches of a process: neighbours, so that few processes run the same prefix, and as many tokens as others."""
-    ends = list(itertools.accumulate(padded_tokens(*batch) for batch in batches))
+    ends = list(itertools.accumulate(batch_tokens(*batch) for batch in batches))
     # A batch goes to the process in whose equal share of the tokens its middle lies.
-    middles = [end - padded_tokens(*batch) / 2 for end, batch in zip(ends, batches, strict=True)]
+    middles = [end - batch_tokens(*batch) / 2 for end, batch in zip(ends, batches, strict=True)]
     return [batch for batch, middle in zip(batches, middles, strict=True) if int(middle * world / ends[-1]) == rank]
 
 
@@ -431,7 +431,7 @@ def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     # Where each walk reads the model anew, parts share walks: MMLU has 57 of them. Otherwise each is saved alone.
     chunks, n_tokens, n_bytes = [], 0, 0
     for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
-        tokens = padded_tokens(part, numbers)
+        tokens = batch_tokens(part, numbers)
         full = n_tokens + tokens > CHUNK[weight.device.type] or n_bytes + waiting > room
         if full or not chunks or not (streamed or chunks[-1][0][0] is part):
             chunks.append([])
@@ -498,10 +498,10 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
         for _, prefix, batches in groups:
             shared = []  # the prefix's keys and values in this block
             if prefix:
-                run_block(block, i, prefix, device, shared)  # which fills it
+                advance(block, i, prefix, device, shared)  # which fills it
             for batch in batches:
                 cache = list(shared) or None  # a list of its own, since attention adds the batch's keys and values
-                run_block(block, i, batch, device, cache)
+                advance(block, i, batch, device, cache)
         tick()
         del block  # so that it is gone while the next is waited for
 
@@ -511,7 +511,7 @@ def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[],
         part.scores.update(zip(numbers, score_batch(model, batch, device), strict=True))
 
 
-def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: list[Tensor] | None) -> None:
+def advance(block: Block, i: int, batch: Batch, device: torch.device, cache: list[Tensor] | None) -> None:
     """Takes a batch through block i. cache: keys and values of what it follows; attention puts the batch's own after
     them, in the list itself."""
     mask = batch.mask
@@ -519,7 +519,7 @@ def run_block(block: Block, i: int, batch: Batch, device: torch.device, cache: l
         mask = mask.to(device)
     # All these copies are none where batches wait on the device.
     x = block(batch.x.to(device), batch.cos.to(device), batch.sin.to(device), mask, cache)
-    check_finite(x, f"the output of layers.{i}")  # now, while it is known which layer it was
+    check_activations(x, f"the output of layers.{i}")  # now, while it is known which layer it was
     batch.x = x.to(batch.x.device)
 
 
@@ -533,7 +533,7 @@ def embed(model: Llama, rows: list[Row], past: int, home: torch.device) -> Batch
 
     device, table = model.lm_head.weight.device, model.model.embed_tokens.weight
     x = table[padded([row.tokens for row in rows]).to(table.device)].to(device)  # (B, S, hidden_size)
-    check_finite(x, "embed_tokens")
+    check_activations(x, "embed_tokens")
     cos, sin = rope_tables(model.config, padded([row.positions for row in rows]).to(device), x.dtype)
     mask = None  # one choice a row, or none: causal attention, for which the hardware has faster kernels
     if past or any(len(row.targets) > 1 for row in rows):
@@ -542,7 +542,7 @@ def embed(model: Llama, rows: list[Row], past: int, home: torch.device) -> Batch
     return Batch(rows, x.to(home), cos[:, None].to(home), sin[:, None].to(home), mask)
 
 
-def check_finite(x: Tensor, where: str) -> None:
+def check_activations(x: Tensor, where: str) -> None:
     """UserError where hidden states or logits hold NaN or Inf: neither leaves a sum finite, and a sum makes no copy."""
     if not x.sum(dtype=torch.float32).isfinite():
         hint = "; try --dtype bfloat16 or float32" if x.dtype == torch.float16 else ""
@@ -600,7 +600,7 @@ def score_targets(
         places = torch.tensor(logit_index[start : start + LOGITS], device=x.device)  # (n,)
         places, inverse = places.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
         logits = model.lm_head(model.model.norm(x[places])).float()  # (u, vocab_size)
-        check_finite(logits, "what lm_head returns")
+        check_activations(logits, "what lm_head returns")
         log_p += (logits[inverse, part] - logits.logsumexp(-1)[inverse]).tolist()
         likeliest += (logits.argmax(-1)[inverse] == part).tolist()
     return log_p, likeliest

@@ -25,7 +25,17 @@ from bench.memory import LiveBytes
 from data.checkpoint import UserError
 from data.lm_eval.samples import Document, document_metrics, read_document, read_task
 from data.tokenizer import load_tokenizer
-from evaluate import Request, aggregates, branch_mask, cut, encode_pair, encode_text, pack, pack_document, read_text
+from evaluate import (
+    Request,
+    aggregates,
+    branch_mask,
+    cut,
+    encode_pair,
+    encode_text,
+    make_part,
+    pack_document,
+    read_text,
+)
 from evaluate import rolling_windows, run_task
 from model import PRESETS, Llama, LlamaConfig, cli, load, save
 
@@ -63,7 +73,7 @@ def model(random_checkpoint):
 
 def score(model, requests: list[list[Request]], max_tokens: int, share: bool) -> tuple[list, int]:
     """The scores of rows made of these requests, and how many tokens were run."""
-    part = pack(requests, list(range(len(requests))), share)
+    part = make_part(requests, list(range(len(requests))), share)
     evaluate.score(model, [part], max_tokens)
     return [part.scores[i] for i in range(len(requests))], part.past() + sum(len(row.tokens) for row in part.rows)
 
@@ -624,8 +634,8 @@ def test_processes_have_neighbouring_batches_and_like_shares():
     batches = evaluate.make_batches(mmlu(), 8192)
     shares = [evaluate.own_share(batches, rank, 8) for rank in range(8)]
     assert [batch for share in shares for batch in share] == batches
-    tokens = [sum(evaluate.padded_tokens(*batch) for batch in share) for share in shares]
-    assert max(tokens) - min(tokens) <= 2 * max(evaluate.padded_tokens(*batch) for batch in batches)
+    tokens = [sum(evaluate.batch_tokens(*batch) for batch in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 2 * max(evaluate.batch_tokens(*batch) for batch in batches)
     assert evaluate.own_share(batches[:1], 0, 2) + evaluate.own_share(batches[:1], 1, 2) == batches[:1]
 
 

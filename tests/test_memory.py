@@ -119,7 +119,7 @@ def test_a_walk_takes_no_more_than_evaluate_counts(preset, past, S, choices):
     numbers = list(range(len(part.rows)))
     waiting, working = evaluate.batch_bytes(config, torch.bfloat16, part, numbers)
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), memory.LiveBytes() as live:
-        patch.setattr(evaluate, "check_finite", lambda x, where: None)  # fake tensors have no values
+        patch.setattr(evaluate, "check_activations", lambda x, where: None)  # fake tensors have no values
         patch.setattr(evaluate, "score_batch", lambda model, batch, device: [[]] * len(batch.rows))
         with torch.device("cpu"):
             torch.set_default_dtype(torch.bfloat16)
