@@ -45,7 +45,8 @@ NAMES = {
     "masked_lora": "masked LoRA",
 }
 # what follows pruning, in the order of rows and bars
-COLOURS = {"pruned": "silver", "LoRA*": "C2", "SPP": "C0", "masked LoRA": "C4", "masked": "C1", "dynamic": "C3"}
+COLOURS = {"pruned": "silver", "LoRA*": "C2", "SPP": "C0", "SPP r = 64": "C9"}
+COLOURS.update({"masked LoRA": "C4", "masked": "C1", "dynamic": "C3"})
 # letters stay text, in the font that matplotlib brings along, so that the same data make the same file everywhere
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "spp", "font.sans-serif": ["DejaVu Sans"], "axes.grid.axis": "y"}
 STYLE = ["seaborn-v0_8-whitegrid", "seaborn-v0_8-deep", SVG]
@@ -56,9 +57,14 @@ STYLE = ["seaborn-v0_8-whitegrid", "seaborn-v0_8-deep", SVG]
 
 
 def describe(history: list[dict]) -> tuple[str, str]:
-    """("Wanda + SPP", "2:8") from what was done to a model; that it was pretrained goes without saying."""
+    """("Wanda + SPP", "2:8") from what was done to a model; that it was pretrained goes without saying, and that SPP's r
+    was 16."""
     steps = [step for step in history if step["method"] != "full"]
-    method = " + ".join(NAMES.get(step["method"], step["method"]) for step in steps)
+    names = [NAMES.get(step["method"], step["method"]) for step in steps]
+    for i, step in enumerate(steps):
+        if step["method"] == "spp" and step.get("r", 16) != 16:
+            names[i] += f" r = {step['r']}"
+    method = " + ".join(names)
     sparsities = [step["sparsity"] for step in steps if "sparsity" in step]
     return method or "dense", sparsities[0] if sparsities else "dense"
 

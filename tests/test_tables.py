@@ -54,6 +54,12 @@ def result(
     return file
 
 
+@pytest.mark.parametrize("r, name", [(16, "Wanda + SPP"), (64, "Wanda + SPP r = 64")])
+def test_another_rank_than_the_papers_is_a_row_of_its_own(r, name):
+    history = [{"method": "full"}, {"method": "wanda", "sparsity": "2:4"}, {"method": "spp", "r": r, "scale": 2.0}]
+    assert tables.describe(history) == (name, "2:4")
+
+
 @pytest.fixture
 def two_seeds(tmp_path) -> list[Path]:
     """A dense model, Wanda's and SPP's of two seeds, the latter with its log."""
