@@ -315,7 +315,12 @@ def test_what_fits_one_gpu_is_what_bench_memory_counts(columns):
     for preset in presets:
         cells = [memory.cell(preset, *column) for column in named[columns]]
         assert cells == table[preset][columns], preset
-    assert table["llama-2-70b"][2].endswith(": 80 GB") and table["llama-7b"][1].endswith(": 12 GB")  # what is claimed
+    claimed = [(float(otherwise), float(so)) for _, otherwise, so, _ in rows_under("| | otherwise | so | by |")[:3]]
+    cells = [("llama-2-70b", 0, 2), ("llama-7b", 0, 1), ("llama-7b", 3, 4)]
+    sizes = [[float(table[preset][i].split(":")[0]) for i in (dense, packed)] for preset, dense, packed in cells]
+    assert [list(pair) for pair in claimed] == sizes
+    cards = [table[preset][packed].split(": ")[1] for preset, _, packed in cells]
+    assert cards == ["80 GB", "12 GB", "80 GB"]  # what is claimed
 
 
 def test_units_and_bytes_kept_of_a_layer_are_as_counted():
