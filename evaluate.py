@@ -10,16 +10,17 @@ The paper reports zero-shot accuracy on seven tasks (Tables 2, 3, 4, 5, 7 and 8)
 or what data/lm_eval/prepare.py writes without lm-eval: one document on each line, with the context and the continuation
 of each choice. lm-eval's score of a choice is log p(continuation | context), summed over the continuation's tokens:
 
-    tokens     trailing spaces of the context move to the continuation;
+    tokens     trailing white space of the context moves to the continuation;
                c = encode(context), t = encode(context + continuation)[len(c):]
-    input      (c + t)[-(max_len + 1):][:-1]        what does not fit is cut from the left
+    input      (c + t)[-(max_len + 1):][:-1]        what exceeds the model's positions is cut from the left
     score      the sum over t of log_softmax(logits)[t_k]; the token at position p is predicted by the logits of
                position p - 1
     acc        1 if the choice with the highest score is right (the first of equals), otherwise 0
     acc_norm   the same with score / characters of the choice
     mc2        TruthfulQA's acc: the share of the right choices in the probability of all
 
-Of the `metrics` that a file lists, those computed here are reported; the others are printed by name.
+and acc_bytes, acc_mutual_info, and the perplexities of rolling tasks. Of the `metrics` that a file lists, those
+computed here are reported; the others are printed by name.
 
 lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
 common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
@@ -33,14 +34,15 @@ themselves (`branch_mask`):
 What all documents of a file begin with, few-shot examples, is one more row, whose keys and values serve all others.
 
 A LLaMA is a list of blocks, and two of them in memory are enough. Rows of like lengths make a batch, batches a chunk,
-as large as memory allows, and the chunk goes through one block after the other (`walk`):
+as large as memory and `CHUNK` allow, and the chunk goes through one block after the other (`walk`):
 
     for block in blocks:                 # read from disk, the next one while this one works
         for batch in chunk:
             batch.x = block(batch.x)     # hidden states stay, weights pass by
 
-So LLaMA-2-70B is scored on one GPU of 24 GB. No keys and values outlive their block. The output layer runs only on the
-positions that predict a target, and everything after it is float32. Each process walks with its share of the batches.
+So LLaMA-2-70B is scored on one GPU of 12 GB (by count). No keys and values outlive their block. The output layer runs
+only on the positions that predict a target, and everything after it is float32. Each process walks with its share of
+the batches.
 
 Whether a beginning-of-sequence token (BOS) is put in front changes the numbers. lm-eval put none before LLaMA's
 contexts until 0.4.9.1, and neither did the paper; since 0.4.9.2 lm-eval does, and so does --add_bos. The results say
@@ -81,7 +83,8 @@ from data.checkpoint import VERSION, Checkpoint, UserError, atomic, cast, check_
 from data.checkpoint import lock_partial, read_json, read_utf8, write_json
 from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, n_words, read_tasks
 from data.tokenizer import Tokenizer
-from model import LOGITS, Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli, common_dtype
+from model import LOGITS_AT_ONCE, Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli
+from model import common_dtype
 from model import cut_into_batches, join_processes, number, open_llama, rope_tables, sparsity_of, stream_blocks
 from model import tokenizer_of
 
@@ -350,7 +353,7 @@ def to_semi_structured(block: nn.Module, where: str) -> None:
 # score: a part's rows in batches, the batches of all parts in chunks, a chunk through the blocks
 
 
-Rows = tuple[Part, list[int]]  # the rows of a batch, by their numbers in a part
+RowNumbers = tuple[Part, list[int]]  # the rows of a batch, by their numbers in a part
 
 # Tokens of a chunk at most. On a GPU the work on a block then takes seconds, longer than a disk takes for the next one;
 # and on either a run that is killed has lost minutes.
@@ -361,7 +364,7 @@ def score(
     model: Llama,
     parts: list[Part],
     max_tokens: int = 8192,
-    save: Callable[[list[Rows]], Any] = lambda chunk: None,
+    save: Callable[[list[RowNumbers]], Any] = lambda chunk: None,
     rank: int = 0,
     world: int = 1,
 ) -> None:
@@ -383,7 +386,7 @@ def score(
             n_rows += sum(len(numbers) for _, numbers in chunk)
 
 
-def make_batches(parts: list[Part], max_tokens: int) -> list[Rows]:
+def make_batches(parts: list[Part], max_tokens: int) -> list[RowNumbers]:
     """Batches of the rows that have no scores yet.
 
     Nothing in a batch depends on who runs it and when, so results do not depend on the number of processes, on memory,
@@ -402,7 +405,7 @@ def batch_tokens(part: Part, numbers: list[int]) -> int:
     return len(numbers) * len(part.rows[numbers[0]].tokens)  # the first is the longest
 
 
-def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
+def own_share(batches: list[RowNumbers], rank: int, world: int) -> list[RowNumbers]:
     """The batches of a process: neighbours, so that few processes run the same prefix, and as many tokens as others."""
     ends = list(itertools.accumulate(batch_tokens(*batch) for batch in batches))
     # A batch goes to the process in whose equal share of the tokens its middle lies.
@@ -410,7 +413,7 @@ def own_share(batches: list[Rows], rank: int, world: int) -> list[Rows]:
     return [batch for batch, middle in zip(batches, middles, strict=True) if int(middle * world / ends[-1]) == rank]
 
 
-def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], torch.device]:
+def make_chunks(model: Llama, batches: list[RowNumbers]) -> tuple[list[list[RowNumbers]], torch.device]:
     """Chunks of batches, as large as memory allows, and where hidden states wait: on the device, or in host memory if
     that has more room. UserError where not even a block and a batch fit the device."""
     weight, blocks = model.lm_head.weight, model.model.layers
@@ -433,7 +436,8 @@ def make_chunks(model: Llama, batches: list[Rows]) -> tuple[list[list[Rows]], to
     for (part, numbers), (waiting, _) in zip(batches, needs, strict=True):
         tokens = batch_tokens(part, numbers)
         full = n_tokens + tokens > CHUNK[weight.device.type] or n_bytes + waiting > room
-        if full or not chunks or not (streamed or chunks[-1][0][0] is part):
+        other = not streamed and chunks and chunks[-1][0][0] is not part
+        if not chunks or full or other:
             chunks.append([])
             n_tokens = n_bytes = 0
         chunks[-1].append((part, numbers))
@@ -450,7 +454,7 @@ def batch_bytes(config: LlamaConfig, dtype: torch.dtype, part: Part, numbers: li
     working = B * S * 3 * (c.hidden_size + c.intermediate_size) * size  # the MLP's three, residual, input, output
     # keys and values, repeated where heads share them, and either while it is put together; the mask as numbers
     working += B * keys * 3 * c.num_attention_heads * c.head_dim * size + B * S * keys * 8
-    logits = 3 * 4 * LOGITS * c.vocab_size
+    logits = 3 * 4 * LOGITS_AT_ONCE * c.vocab_size
     return waiting, max(working, logits) * 4 // 3  # a third is for what is freed in one size and needed in another
 
 
@@ -474,7 +478,7 @@ class Batch:
 
 
 @torch.no_grad()
-def walk(model: Llama, chunk: list[Rows], home: torch.device, tick: Callable[[], Any]) -> None:
+def walk(model: Llama, chunk: list[RowNumbers], home: torch.device, tick: Callable[[], Any]) -> None:
     """Scores a chunk of batches. All of them go through a block before the next block comes.
 
     home: where hidden states wait for their turn. tick: called after each block. UserError, which names the layer,
@@ -595,9 +599,9 @@ def score_targets(
     x: (N, hidden_size). A position that predicts for several choices (the last of the trunk) is computed once for all.
     """
     log_p, likeliest = [], []
-    for start in range(0, len(targets), LOGITS):
-        part = torch.tensor(targets[start : start + LOGITS], device=x.device)  # (n,)
-        places = torch.tensor(logit_index[start : start + LOGITS], device=x.device)  # (n,)
+    for start in range(0, len(targets), LOGITS_AT_ONCE):
+        part = torch.tensor(targets[start : start + LOGITS_AT_ONCE], device=x.device)  # (n,)
+        places = torch.tensor(logit_index[start : start + LOGITS_AT_ONCE], device=x.device)  # (n,)
         places, inverse = places.unique(return_inverse=True)  # (u,), (n,): where among the unique ones each target is
         logits = model.lm_head(model.model.norm(x[places])).float()  # (u, vocab_size)
         check_activations(logits, "what lm_head returns")
@@ -697,7 +701,8 @@ def run_task(
     share: bool = True,
 ) -> tuple[dict, list[list[Score]]]:
     """Scores one task from Python, with a model that may be in memory: see `task_results`."""
-    part = encode_task(documents, tokenizer, add_bos, model.config.max_position_embeddings, share)
+    limit = model.config.max_position_embeddings or max_tokens
+    part = encode_task(documents, tokenizer, add_bos, limit, share)
     score(model, [part], max_tokens)
     return task_results(documents, part)
 
@@ -858,7 +863,7 @@ def main() -> None:
     # --- the walks, each chunk's scores kept in a file of its own
     model = open_model(ckpt, config, torch.device(args.device), dtype, args.semi_structured)
 
-    def save(chunk: list[Rows]) -> None:
+    def save(chunk: list[RowNumbers]) -> None:
         scores = {}
         for part, numbers in chunk:
             scores.setdefault(part.key, []).extend((i, part.scores[i]) for i in numbers)

@@ -88,7 +88,7 @@ class LlamaConfig:
 LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 LLAMA3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 LLAMA3_2 = {**LLAMA3, "max_position_embeddings": 131072, "tie_word_embeddings": True}
-LLAMA3_2["rope_scaling"] = llama3_scaling(2048)  # and of 3072
+LLAMA3_2["rope_scaling"] = llama3_scaling(2048)  # the same for both widths, 2,048 (1B) and 3,072 (3B)
 SMOLLM2 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 PRESETS = {
     # vocabulary, width, MLP, layers, heads, key-value heads where they are fewer
@@ -115,7 +115,7 @@ PRESETS = {
 # the network
 
 
-LOGITS = 1024  # targets whose logits are in memory at once: of 32,000 words in float32 131 MB
+LOGITS_AT_ONCE = 1024  # targets whose logits are in memory: of 32,000 words in float32 131 MB, up to three times
 
 
 class RMSNorm(nn.Module):
@@ -161,7 +161,7 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> t
     dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
     if dynamic or config.sliding_window:
         seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
-    config.check_window(seq_len)
+        config.check_window(seq_len)
     # Angles are float32: in bfloat16, positions beyond 256 would run together.
     angles = positions[..., None].float() * rope_frequencies(config, seq_len, positions.device)
     angles = torch.cat([angles, angles], -1)  # one for each half of a head, see `rotate`
@@ -259,7 +259,7 @@ class Llama(nn.Module):
         embed = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False) if meta else nn.Embedding(*shape)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # A ModuleDict, and not a module of its own, so that names are Hugging Face's: "model.layers.0.mlp..."
+        # A ModuleDict gives names Hugging Face's prefix, "model.layers.0.mlp...", without a class of its own
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -324,7 +324,7 @@ class Llama(nn.Module):
 
         total = x.new_zeros((), dtype=torch.float32)
         # Without a target split still gives one empty chunk: a loss of 0 that has a gradient, as DDP and FSDP ask for.
-        for h, t in zip(x.split(LOGITS), targets.split(LOGITS), strict=True):
+        for h, t in zip(x.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
             total = total + checkpoint(chunk_loss, h, t, use_reentrant=False)
         return total
 
@@ -339,15 +339,15 @@ class FrozenHeadLoss(torch.autograd.Function):
         total, dx = x.new_zeros((), dtype=torch.float32), None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-        for i in range(0, len(x), LOGITS):
-            h, t = x[i : i + LOGITS], targets[i : i + LOGITS]
+        for i in range(0, len(x), LOGITS_AT_ONCE):
+            h, t = x[i : i + LOGITS_AT_ONCE], targets[i : i + LOGITS_AT_ONCE]
             rows = torch.arange(len(t), device=t.device)
             logp = F.linear(h, head).float().log_softmax(-1)  # (n, vocab_size)
             total -= logp[rows, t].sum()
             if dx is not None:
                 p = logp.exp_()
                 p[rows, t] -= 1  # the gradient with respect to the logits
-                torch.mm(p.to(x.dtype), head, out=dx[i : i + LOGITS])
+                torch.mm(p.to(x.dtype), head, out=dx[i : i + LOGITS_AT_ONCE])
         ctx.save_for_backward(dx)
         return total
 
@@ -639,12 +639,12 @@ def check_dtype(ckpt: Checkpoint, dtype: torch.dtype) -> None:
 def stream_blocks(
     ckpt: Checkpoint, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, start: int = 0
 ) -> Iterator[Block]:
-    """Yields the blocks of a checkpoint one after the other, from number `start` on. They are the caller's to change:
-    what a file is mapped to is this process's own.
+    """Yields the blocks of a checkpoint one after the other, from number `start` on. Files are mapped copy-on-write, so
+    the caller may change a block.
 
-    While the caller works with one, a thread reads the next: two are in memory, whatever the model's size, if the
-    caller lets go of each before it asks for the next; the variable of a `for` statement would not. UserError where a
-    weight is too large for the dtype.
+    While the caller works with one, a thread reads the next: two are in memory, whatever the model's size. So take them
+    by `block = next(blocks)` and end with `del block`: the variable of a `for` would hold the old one while the next is
+    waited for. UserError where a weight is too large for the dtype.
     """
     # On a GPU copies have a stream of their own, or they would wait for the caller's kernels and these for them. It
     # also tells the thread which GPU is this process's: a thread begins with the first.

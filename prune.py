@@ -23,9 +23,10 @@ is always the M weights of a group; otherwise:
     DSnoT       starts from a mask of any of the three, here always compared within a row (and without SparseGPT's
                 update); then, in each row of W on its own, up to 50 swaps, each chosen to bring that row's expected
                 output error, the sum of W_ij * S_j over its removed j, towards 0: the weight that helps most by
-                W_ij * S_j / variance of x_j comes back, and one of the lowest Wanda score goes (with N:M, of the lowest
-                score by which the mask was chosen). S_j = sum of x_j over all tokens / number of sequences. Weights
-                never change; only q, k, v and o are swapped. The paper calls this DST.
+                W_ij * S_j / variance of x_j comes back, and of those whose W_ij * S_j has the other sign the one of the
+                lowest Wanda score goes (with N:M: of the same group, the lowest by the score that chose the mask, and a
+                swap past 0 is refused). A row ends at its first refusal. S_j = sum of x_j over all tokens / number of
+                sequences. Weights never change; only q, k, v and o are swapped. The paper calls this DST.
 
 Statistics, scores and Hessians are float32, whatever the model's dtype.
 
@@ -82,7 +83,7 @@ Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
     """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
     they are. "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
-    text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)
+    text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)  # a parsed one is checked too
     if "=" in text:
         entries = {}
         for entry in text.split(","):
@@ -296,7 +297,7 @@ def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, setti
             s.total, s.variance = torch.zeros(2, C, device=x.device)
         if settings.method == "sparsegpt":
             s.hessian = torch.zeros(C, C, device=x.device)
-        hook = lambda linear, args, s=s: s.add(*args, n_sequences, stride)
+        hook = lambda module, args, s=s: s.add(*args, n_sequences, stride)  # s=s: this linear's, not the last one's
         hooks.append(linear.register_forward_pre_hook(hook))
     # A fifth of a block's work is saved by leaving out its last matmul, down_proj's: the hook sees its input, and no
     # one reads what this pass returns. An attribute hides the forward of the module's class; the block adds this 0.
@@ -380,7 +381,8 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
             mask = keep_mask(score, sparsity, whole)
             if dsnot_follows and swapped:
                 mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
-            rows.masked_fill_(~mask, 0)  # a product would leave -0 of a negative weight, and a .pt keeps a -0
+            # a product would leave -0 of a negative weight, which a .pt stores as a survivor
+            rows.masked_fill_(~mask, 0)
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
     return {"zeros": count_zeros(W), "size": W.numel(), "error": change.item()}
 
@@ -700,7 +702,8 @@ def parse_args() -> argparse.Namespace:
     add("--out", required=True, help="a new directory in Hugging Face's layout, or a .pt file")
     args = parser.parse_args()
     check_device(args.device)
-    if not args.dsnot and (args.dsnot_cycles, args.dsnot_threshold) != (50, 0.1):
+    given = [key for key in ("dsnot_cycles", "dsnot_threshold") if getattr(args, key) != parser.get_default(key)]
+    if given and not args.dsnot:
         raise UserError("--dsnot_cycles and --dsnot_threshold are settings of --dsnot, which is not given")
     return args
 

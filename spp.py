@@ -4,7 +4,7 @@ A linear layer holds W (m x n: out x in), frozen and already sparse. SPP learns 
 both to the shape of W, and multiplies (o is the elementwise product):
 
     (4)  W~ = W o repeat_interleave(alpha, m/r, dim=0) o beta[:, None]
-    (5)  y  = x W^T + scale * x W~^T
+    (5)  y  = x W^T + scale * x W~^T          scale: the paper's s, 2 by default
     merged:  W <- W + scale * W~              same zeros, same shape, nothing left behind
 
 A zero times anything is zero, so no value of alpha and beta can bring a pruned weight back. One row of W with
@@ -20,11 +20,11 @@ the pruned model; alpha starts random, because with both at 0 both gradients wou
 
 Three matmuls. A unit is one product of T x n by n x m: 2*T*m*n FLOPs. Equation 5 as written (`repeat`) spends 5 units
 a step: x W^T and x W~^T, the gradient of x through each, and the gradient of W~. For the backward pass it keeps W~ and
-W o stretched alpha, two m x n matrices a layer. The paper's equation 7 (`chunked`) never makes W~: its block j is W_j,
-rows j*m/r to (j+1)*m/r of W, with columns scaled by alpha_j, and columns can be scaled in x instead. It spends 4 units,
-since the gradient of alpha falls out of that of x o alpha_j:
+W o stretched alpha, two m x n matrices a layer. The paper's equation 7 (`chunked`) never makes W~: its block k is W_k,
+rows k*m/r to (k+1)*m/r of W, with columns scaled by alpha_k, and columns can be scaled in x instead. It spends 4 units,
+since the gradient of alpha falls out of that of x o alpha_k:
 
-    (7)  x W~^T = beta o concat_j( (x o alpha_j) W_j^T )
+    (7)  x W~^T = beta o concat_k( (x o alpha_k) W_k^T )
 
 `fused`, the default, relies on y being linear in a single matrix, the effective weight W^ (W with a hat), and spends 3:
 
@@ -42,13 +42,13 @@ need G wherever W is not 0, each entry a sum over T tokens. For comparison: a fr
 2 and a little. The three forms are one function, and equal to rounding.
 
 bfloat16. Adapters are float32, and W^ is formed in float32 and rounded once to W's dtype; G has the dtype of x. As long
-as |scale * alpha * beta| is below 2^-9, half a step of bfloat16, rounding gives W back and the output does not change;
-but the float32 factors still get their gradients, and grow past it. Rounding stochastically, or keeping base and branch
-apart, ends at the same loss (bench/rounding.py).
+as |scale * alpha * beta| is below 2^-9, at most half a step of bfloat16, rounding gives W back and the output does not
+change; but the float32 factors still get their gradients, and grow past it. Rounding stochastically, or keeping base
+and branch apart, ends at the same loss (bench/rounding.py).
 
 The other methods have another W^, a few lines each (`METHODS`):
 
-    (2)  dynamic        W^ = W o mask, of the largest |W| of a row; W is dense and gets the gradient of W^ as it is
+    (2)  dynamic        W^ = W o mask, of the largest |W| of a row or of M; W is dense and gets W^'s gradient as it is
     (3)  masked         W^ = W; every weight that is not 0 learns
     (6)  lora           W^ = W + scale * B A, dense until it is merged under the mask: the paper's LoRA*
          masked_lora    W^ = W + scale * mask o (B A)
@@ -93,7 +93,8 @@ class AdapterLinear(nn.Module):
     What a subclass says (a new way to learn under the mask is these four; the first two only if it has factors):
         factors                            names of what is learned beside W
         reset_parameters()                 how the factors start; also called where a model was built on the meta device
-        effective_weight(W, *factors)      W^ (m, n), the weight that is used: W itself, or a new tensor
+        effective_weight(W, *factors)      W^ (m, n), the weight that is used: W itself, or a new tensor, which the
+                                           backward pass overwrites
         factor_gradients(G, W, *factors)   a tuple: the gradient of W (None where it is frozen), then of each factor,
                                            from G = dL/dW^ (m, n), which it may overwrite
     """
@@ -102,6 +103,7 @@ class AdapterLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, r: int = 0, scale: float = 1.0):
         super().__init__()
+        assert linear.bias is None, "a bias would be lost; LLaMA's linears have none"
         self.weight = linear.weight  # under the name that it has in a checkpoint, so that one fills the model as before
         self.weight.requires_grad_(False)
         self.shape = linear.weight.shape  # (m, n)
@@ -116,7 +118,8 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m). In evaluation mode with the weight that merging would write, from which no factor
-        learns: what a validation measures is then what will be in the file."""
+        learns: what a validation measures is then what will be in the file (to rounding, where W is held in another
+        dtype than the checkpoint's, of which merging takes the unrounded weight)."""
         if not self.training:
             return F.linear(x, self.merged().to(x.dtype))
         factors = [getattr(self, name) for name in self.factors]
@@ -182,7 +185,7 @@ class SPPLinear(AdapterLinear):
         elif not self.beta.requires_grad:
             start = {"alpha": 0.0, "beta": 1.0}
         else:
-            start = {self.zero_init: 0.0}
+            start = {self.zero_init: 0.0}  # "none" is no factor's name: both are drawn
         bound = 1 / math.sqrt(self.shape[1])  # Kaiming's for a = sqrt(5), as the authors draw alpha
         for name in self.factors:
             p = getattr(self, name)
@@ -208,7 +211,7 @@ class SPPLinear(AdapterLinear):
             W_tilde = W * alpha.repeat_interleave(m // self.r, dim=0) * beta[:, None]
             return dense + self.scale * F.linear(x, W_tilde.to(x.dtype))
         blocks = zip(alpha.to(x.dtype), W.chunk(self.r), strict=True)  # equation 7
-        branch = torch.cat([F.linear(x * alpha_j, W_j) for alpha_j, W_j in blocks], -1)
+        branch = torch.cat([F.linear(x * alpha_k, W_k) for alpha_k, W_k in blocks], -1)
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -224,8 +227,9 @@ class SPPLinear(AdapterLinear):
 # forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight -> form)
 # backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients -> reduce)
 #
-# form and reduce are elementwise and in float32: a CPU runs them a few rows at a time, a GPU as one compiled kernel.
-# The operators at the end of this section do the same for torch.compile; skip them at first.
+# form and reduce are elementwise and in float32: a CPU runs them a block of m/r rows at a time, a GPU as one compiled
+# kernel. The operators at the end of this section do the same for torch.compile, and for packed weights on a GPU; skip
+# them at first.
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -271,8 +275,8 @@ class EffectiveMatmul(torch.autograd.Function):
 def form(
     W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool, out: Tensor | None = None
 ) -> Tensor:
-    """W^ = W + scale * W~ of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n), or
-    survivors with their bits; alpha: (k, n), beta: (k, m/r). out: where it goes, by default a new tensor."""
+    """W^ = W + scale * W~ of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n), the same
+    as (m, n), or survivors with their bits; alpha: (k, n), beta: (k, m/r). out: for W^, by default a new tensor."""
     dtype = W.dtype
     W = unpack(W, bits, alpha.shape[1]).view(len(alpha), -1, alpha.shape[1]).to(alpha.dtype)
     room = out if dtype == alpha.dtype else None  # in float32 M is made where W^ will be
@@ -300,8 +304,9 @@ def compiled(function: Callable) -> Callable:
 
 
 def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts alpha (r, n) and tensors of m rows into the r blocks that share an alpha, so that what one makes stays in
-    the cache of a CPU; several at a time, of about so many rows, where they are small: r = m would take a minute."""
+    """Yields alpha (r, n) and tensors of m rows by the block of m/r rows that share an alpha, so that what is made of
+    one stays in a CPU's cache. Small blocks go several at a time, up to so many rows: one by one r = m would take a
+    minute."""
     r, m = len(alpha), len(of_rows[0])
     views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
     at_once = max(1, rows * r // m)  # blocks of m/r rows
@@ -314,8 +319,8 @@ def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scal
     if W.is_cuda:
         return compiled(form)(W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
     W_hat = W.new_empty(m, n)
-    at_once = 2**19 // n  # rows: half a million weights
-    for alpha_k, W_k, beta_k, out in in_blocks(at_once, alpha, unpack(W, bits, n), beta, W_hat):
+    rows = 2**19 // n  # half a million weights, or one block where that is more
+    for alpha_k, W_k, beta_k, out in in_blocks(rows, alpha, unpack(W, bits, n), beta, W_hat):
         form(W_k, None, alpha_k, beta_k, scale, residual, out)
     return W_hat
 
@@ -494,7 +499,8 @@ def as_linear(W: Tensor) -> nn.Linear:
 
 
 def check_rank(method: str, r: int, shapes: dict[str, tuple[int, int]]) -> None:
-    """UserError where r does not divide the outputs m of a linear, {name: (m, n)}: SPP's blocks have m/r rows each."""
+    """UserError where r is below 1, or does not divide the outputs m of a linear, {name: (m, n)}, into SPP's blocks of
+    m/r rows."""
     if r < 1:
         raise UserError(f"--rank {r}: expected at least 1")
     for name, (m, _) in shapes.items():
@@ -538,7 +544,9 @@ def inject(
 
 
 def merge(model: nn.Module, masked: bool = True) -> nn.Module:
-    """Back to plain nn.Linear that hold the merged weights, in place; asserts that every zero is a zero still.
+    """Back to plain nn.Linear that hold the merged weights, in place; asserts that every zero is a zero still. (Not of
+    dynamic layers, whose zeros are their own; a masked layer has no record of its zeros but itself: `merge_checkpoint`
+    holds it against the checkpoint.)
 
     LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False. What was merged is added to
     the model's history. UserError where a merged weight is not finite, and for dynamic layers that never had a mask.
@@ -636,7 +644,7 @@ def write_adapter(
 ) -> None:
     """Writes an adapter file. state: from `adapter_state`. base: the fingerprint of the checkpoint that it belongs to.
     options: the ablations that SPPLinear was made with."""
-    head = {"version": VERSION, "base": base, "method": method, "r": r, "scale": scale, "options": options or {}}
+    head = {"version": VERSION, "base": base, "method": method, "r": r, "scale": float(scale), "options": options or {}}
     with atomic(path) as tmp:
         save_torch({**head, "adapter": {name: w.cpu() for name, w in state.items()}}, tmp)
 

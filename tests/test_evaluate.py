@@ -25,17 +25,8 @@ from bench.memory import LiveBytes
 from data.checkpoint import UserError
 from data.lm_eval.samples import Document, document_metrics, read_document, read_task
 from data.tokenizer import load_tokenizer
-from evaluate import (
-    Request,
-    aggregates,
-    branch_mask,
-    cut,
-    encode_pair,
-    encode_text,
-    make_part,
-    pack_document,
-    read_text,
-)
+from evaluate import Request, aggregates, branch_mask, cut, encode_pair, encode_text, make_part, pack_document
+from evaluate import read_text
 from evaluate import rolling_windows, run_task
 from model import PRESETS, Llama, LlamaConfig, cli, load, save
 

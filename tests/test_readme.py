@@ -84,7 +84,7 @@ def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
     code = re.search(r"```python\n(import torch\nfrom model import.*?)```", README, re.S)[1]
     monkeypatch.chdir(tmp_path)
     names = {"calib": torch.randint(256, (4, 32)).numpy(), "texts": ["bada kimu dogu", "ruku"] * 3}
-    exec(code.replace('load("llama-7b")', f'load("{random_checkpoint}")'), names)
+    exec(code.replace('load("llama-7b", torch.bfloat16)', f'load("{random_checkpoint}")'), names)
     model, tokenizer = load("merged.pt")
     zeros = [(p == 0).float().mean().item() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
     assert zeros == pytest.approx([0.5] * len(zeros)) and tokenizer is not None
