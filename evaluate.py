@@ -373,7 +373,7 @@ def score(
     max_tokens: of a batch at most, padding and prefix counted. save: called with each chunk that is done. UserError
     where a score is not finite, and where a block does not fit the device.
     """
-    batches = own_share(make_batches(parts, max_tokens), rank, world)
+    batches = share_of_work(make_batches(parts, max_tokens), rank, world)
     chunks, home = make_chunks(model, batches)
     n_rows, total = 0, sum(len(numbers) for _, numbers in batches)
     quiet = None if rank == 0 else True  # None: a bar where stderr is a terminal
@@ -405,7 +405,7 @@ def batch_tokens(part: Part, numbers: list[int]) -> int:
     return len(numbers) * len(part.rows[numbers[0]].tokens)  # the first is the longest
 
 
-def own_share(batches: list[RowNumbers], rank: int, world: int) -> list[RowNumbers]:
+def share_of_work(batches: list[RowNumbers], rank: int, world: int) -> list[RowNumbers]:
     """The batches of a process: neighbours, so that few processes run the same prefix, and as many tokens as others."""
     ends = list(itertools.accumulate(batch_tokens(*batch) for batch in batches))
     # A batch goes to the process in whose equal share of the tokens its middle lies.
@@ -876,8 +876,8 @@ def main() -> None:
         gathered = [None] * world
         dist.all_gather_object(gathered, [part.scores for part in parts])
         for scores in gathered:
-            for part, own in zip(parts, scores, strict=True):
-                part.scores.update(own)
+            for part, theirs in zip(parts, scores, strict=True):
+                part.scores.update(theirs)
         dist.destroy_process_group()
     if rank > 0:
         return

@@ -715,10 +715,6 @@ def give_tokenizer(ckpt: Checkpoint, tokenizer: Tokenizer) -> None:
 # a look at a checkpoint
 
 
-def count_zeros(weight: Tensor) -> int:
-    return weight.numel() - weight.count_nonzero().item()
-
-
 PATTERNS = ("1:4", "2:8", "2:4", "4:8")  # the usual ones, the tightest first
 
 

@@ -59,7 +59,7 @@ from data.checkpoint import VERSION, Checkpoint, UserError, atomic, check_ours, 
 from data.checkpoint import lock_partial, open_hf, read_json, read_npy, save_torch, torch_load, write_checkpoint
 from data.checkpoint import write_hf_extras, write_json, write_safetensors
 from model import Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli, common_dtype
-from model import count_zeros, number, open_llama, rope_tables, stream_blocks
+from model import number, open_llama, rope_tables, stream_blocks
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -142,9 +142,9 @@ def check_pattern(sparsity: Pattern, config: LlamaConfig) -> None:
         for name in LINEARS:
             linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
     for linear, C in linears.items():
-        own = sparsity_of_linear(sparsity, linear)
-        if isinstance(own, tuple) and C % own[1]:
-            raise UserError(f"--sparsity {format_sparsity(own)}: {linear} has {C} columns, no multiple of {own[1]}")
+        match sparsity_of_linear(sparsity, linear):
+            case n, m if C % m:
+                raise UserError(f"--sparsity {n}:{m}: {linear} has {C} columns, no multiple of {m}")
     if isinstance(sparsity, list):
         for name, _ in sparsity:
             if name and not any(f".{name}." in f".{linear}." for linear in linears):
@@ -384,7 +384,7 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
             # a product would leave -0 of a negative weight, which a .pt stores as a survivor
             rows.masked_fill_(~mask, 0)
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
-    return {"zeros": count_zeros(W), "size": W.numel(), "error": change.item()}
+    return {"zeros": W.numel() - int(W.count_nonzero()), "size": W.numel(), "error": change.item()}
 
 
 def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:

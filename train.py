@@ -656,8 +656,7 @@ def update_masks(model: Llama, sparsity: Sparsity) -> None:
     """Equation 2: every dynamic layer's mask follows the magnitude of its dense weight, within a row or M of one."""
     for name, module in model.named_modules():
         if isinstance(module, DynamicLinear):
-            own = sparsity_of_linear(sparsity, name)
-            module.mask.copy_(keep_mask(module.weight.detach().abs(), own))
+            module.mask.copy_(keep_mask(module.weight.detach().abs(), sparsity_of_linear(sparsity, name)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,8 +730,8 @@ def gathered(model: Llama, optimizer: torch.optim.Optimizer) -> dict:
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
-    own = [*model.named_parameters(), *model.named_buffers()]  # of a tied head one name, not two
-    names = {name for name, _ in own}
+    named = [*model.named_parameters(), *model.named_buffers()]  # of a tied head one name, not two
+    names = {name for name, _ in named}
     return {"model": {name: w for name, w in weights.items() if name in names}, "optimizer": moments}
 
 

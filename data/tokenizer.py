@@ -24,7 +24,6 @@ control characters) leaves no trace. A setting that would change ids and is not 
 
 import base64
 import functools
-import hashlib
 import heapq
 import itertools
 import json
@@ -44,7 +43,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from data.checkpoint import UserError, open_checkpoint, parse_json, read_bytes
+from data.checkpoint import UserError, digest, open_checkpoint, parse_json, read_bytes
 
 # The files beside the principal one that say which tokens are special; BOS and EOS are what the first of STATES says.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -110,7 +109,7 @@ class Tokenizer:
     data: the principal file as it came; files: name -> bytes of the siblings used; vocab: token -> id of the model;
     special: id -> text of special and added tokens; vocab_size: the largest id + 1, added tokens that the model beside
     it has no embedding for (a `<pad>`) not counted; bos: its id or None; eos: the ids that end a text, first the one
-    that training examples end with; fingerprint: SHA-256, in hex, of all that determines ids."""
+    that training examples end with; fingerprint: a hash of all that determines ids."""
 
     def __init__(self, where: str, settings: dict[str, dict], vocab: dict[str, int]):
         """settings: file name -> content of the siblings; "itself": what the principal file says of special tokens."""
@@ -149,7 +148,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([self.rules(), sorted(self.special.items())]).encode()).hexdigest()
+        return digest(self.rules(), sorted(self.special.items()))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of text, without BOS and EOS. special: whether "</s>" in the text is that token, or four characters.
@@ -261,7 +260,7 @@ class SentencePiece(Tokenizer):
 
     def rules(self) -> list:
         """What determines ids besides the special tokens."""
-        return [hashlib.sha256(self.data).hexdigest(), self.legacy]
+        return [digest(self.data), self.legacy]
 
     def encode_text(self, text: str, first: bool) -> list[int]:
         return (self.spaced if first or self.legacy else self.plain).encode(text)

@@ -623,11 +623,11 @@ def test_a_block_that_does_not_fit_is_one_line(random_checkpoint, folder, refuse
 
 def test_processes_have_neighbouring_batches_and_like_shares():
     batches = evaluate.make_batches(mmlu(), 8192)
-    shares = [evaluate.own_share(batches, rank, 8) for rank in range(8)]
+    shares = [evaluate.share_of_work(batches, rank, 8) for rank in range(8)]
     assert [batch for share in shares for batch in share] == batches
     tokens = [sum(evaluate.batch_tokens(*batch) for batch in share) for share in shares]
     assert max(tokens) - min(tokens) <= 2 * max(evaluate.batch_tokens(*batch) for batch in batches)
-    assert evaluate.own_share(batches[:1], 0, 2) + evaluate.own_share(batches[:1], 1, 2) == batches[:1]
+    assert evaluate.share_of_work(batches[:1], 0, 2) + evaluate.share_of_work(batches[:1], 1, 2) == batches[:1]
 
 
 def test_the_prefix_does_not_multiply_memory_by_the_rows():
