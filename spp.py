@@ -361,14 +361,14 @@ def spp_product_gradients(
     beta: Tensor,
     scale: float,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (an empty tensor where it needs none), alpha and beta: `EffectiveMatmul.backward` of SPP."""
+) -> list[Tensor]:
+    """The gradients of x, if it needs one, alpha and beta: `EffectiveMatmul.backward` of SPP."""
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
     W_hat = spp_weight(W, bits, alpha, beta, scale, residual).to(x.dtype)
-    dx = g @ W_hat if needs_dx else g.new_empty(0)
+    dx = [g @ W_hat] if needs_dx else []
     G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=W_hat)
-    return dx, *spp_gradients(G, W, bits, alpha, beta, scale)
+    return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale)]
 
 
 def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -378,18 +378,14 @@ def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx = ctx.needs_input_grad[0]
-    dx, d_alpha, d_beta = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
-    return dx if needs_dx else None, None, None, d_alpha, d_beta, None, None
+    *dx, d_alpha, d_beta = spp_product_gradients(g, needs_dx, *ctx.saved_tensors, ctx.scale, ctx.residual)
+    return dx[0] if needs_dx else None, None, None, d_alpha, d_beta, None, None
 
 
 # shapes, for the compiler
 spp_product.register_fake(lambda x, W, bits, alpha, beta, *rest: x.new_empty(*x.shape[:-1], len(beta)))
 spp_product_gradients.register_fake(
-    lambda g, needs_dx, x, W, bits, alpha, beta, *rest: (
-        torch.empty_like(x) if needs_dx else x.new_empty(0),
-        torch.empty_like(alpha),
-        torch.empty_like(beta),
-    )
+    lambda g, needs_dx, x, W, bits, alpha, beta, *rest: [*map(torch.empty_like, [x] * needs_dx + [alpha, beta])]
 )
 spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 
