@@ -752,7 +752,8 @@ def describe(ckpt: Checkpoint, config: LlamaConfig) -> dict:
         # each pattern implies those after it, so the loosest holds in all layers
         pattern = None if None in found else max(found, key=PATTERNS.index)
         linears[kind] = {"sparsity": zeros[kind] / sizes[kind], "pattern": pattern}
-    family = [name for name, preset in PRESETS.items() if preset == config]
+    plain = dataclasses.replace(config, rms_norm_eps=float(f"{config.rms_norm_eps:.4g}"))  # it may have been float32
+    family = [name for name, preset in PRESETS.items() if preset == plain]
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.shapes.values()})
     return {
         "family": family[0] if family else "LLaMA of its own shape",

@@ -136,6 +136,11 @@ def parse_json(data: bytes | str, source: str | Path, kind: type = object, surro
     return value
 
 
+def is_json(data: bytes) -> bool:
+    """Whether bytes look like a JSON object, perhaps after a byte-order mark."""
+    return data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+
+
 def read_json(path: str | Path, kind: type = object) -> Any:
     """Parses a JSON file that holds a `kind`; a missing or malformed one is a UserError that names it."""
     return parse_json(read_bytes(path), path, kind)
@@ -583,7 +588,7 @@ def write_beside(path: Path, ckpt: Checkpoint) -> None:
     for name, data in ckpt.files.items():
         (path / name).write_bytes(data)
     if ckpt.tokenizer:
-        name = "tokenizer.json" if ckpt.tokenizer.lstrip().startswith(b"{") else "tokenizer.model"
+        name = "tokenizer.json" if is_json(ckpt.tokenizer) else "tokenizer.model"
         (path / name).write_bytes(ckpt.tokenizer)
     if ckpt.history:
         text = json.dumps({"version": VERSION, "history": ckpt.history}, indent=2)

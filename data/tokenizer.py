@@ -43,7 +43,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from data.checkpoint import UserError, digest, open_checkpoint, parse_json, read_bytes
+from data.checkpoint import UserError, brief, digest, is_json, open_checkpoint, parse_json, read_bytes
 
 # The files beside the principal one that say which tokens are special; BOS and EOS are what the first of STATES says.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -82,9 +82,9 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
     files = {n: files[n] for n in SIBLINGS if n in files and files[n] != data}
     settings = {n: parse_json(content, place + n, dict, surrogates=True) for n, content in files.items()}
     try:
-        if data[:64].lstrip().startswith(b"{"):
-            parsed = settings["tokenizer.json"] = parse_json(data, where, dict, surrogates=True)
-            kind = CharBPE if parsed["model"].get("byte_fallback") else BPE
+        if name.endswith(".json") or is_json(data):
+            parsed = settings["tokenizer.json"] = parse_json(data, where, dict)
+            kind = CharBPE if flag(where, parsed["model"], "byte_fallback", False) else BPE
             tokenizer = kind(where, settings, *read_merges(where, parsed["model"]))
         elif re.match(rb"\S+ \d+\s*\n", data):
             vocab, ranks = read_tiktoken(where, data)
@@ -92,8 +92,8 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
             tokenizer = BPE(where, settings, vocab, ranks, range(len(vocab)))
         else:
             tokenizer = SentencePiece(where, settings, data)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # JSON, but not of a tokenizer's shape
-        raise UserError(f"{where}: it or a file beside it is not laid out as expected: {e!r}") from None
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:  # JSON of another shape
+        raise UserError(f"{where}: it or a file beside it is not laid out as expected: {e!r:.200}") from None
     tokenizer.data, tokenizer.files = data, files
     return tokenizer
 
@@ -114,16 +114,17 @@ class Tokenizer:
     def __init__(self, where: str, settings: dict[str, dict], vocab: dict[str, int]):
         """settings: file name -> content of the siblings; "itself": what the principal file says of special tokens."""
         self.vocab, self.texts = vocab, {id: text for text, id in vocab.items()}
-        self.special = special_tokens(where, settings, vocab)
+        self.special, self.normalized = special_tokens(where, settings, vocab)
         self.ids = vocab | {text: id for id, text in self.special.items()}
         for id, text in self.special.items():
             if self.texts.get(id, text) != text or self.ids[text] != id or vocab.get(text, id) != id:
                 raise UserError(f"{where}: ids collide: {text!r} is added as {id}, where the vocabulary has another")
         self.embedded = settings.get("config.json", {}).get("vocab_size") or math.inf  # how many ids the model knows
+        if self.embedded != math.inf and (type(self.embedded) is not int or self.embedded < 1):
+            raise UserError(f"{where}: config.json beside it has a vocab_size of {brief(self.embedded)}")
         self.vocab_size = 1 + max([*vocab.values(), *(id for id in self.special if id < self.embedded)])
-        # re takes the first alternative that matches; with the longest first that is the leftmost longest token
-        longest_first = sorted(map(re.escape, self.special.values()), key=len, reverse=True)
-        self.special_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        # First those that are looked for in the text as it is, and then, in what is left and normalized, the others.
+        self.special_patterns = [any_of(set(self.special.values()) - self.normalized), any_of(self.normalized)]
 
         self.bos = next(iter(self.stated(where, settings, "bos")), None)
         self.eos = tuple(self.stated(where, settings, "eos"))
@@ -139,10 +140,11 @@ class Tokenizer:
             value = settings.get(file, {}).get(field)
             if value in (None, "", []):
                 continue
-            values = [token_text(v) for v in (value if isinstance(value, list) else [value])]
-            ids = [self.ids.get(v, v) for v in values]
+            ids = value if isinstance(value, list) else [value]
+            if field.endswith("_token"):
+                ids = [self.ids.get(token_text(text)) for text in ids]
             if not all(type(id) is int and 0 <= id < self.vocab_size for id in ids):
-                raise UserError(f"{where}: has no token {value!r}, which {file} beside it has as {field}")
+                raise UserError(f"{where}: has no token {brief(value)}, which {file} beside it has as {field}")
             return ids
         return []
 
@@ -160,14 +162,30 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             raise UserError(f"text has half of a surrogate pair at character {e.start}: {text[e.start]!a}") from None
         ids = []
-        for i, part in enumerate(self.special_pattern.split(text) if special else [text]):
-            if i % 2 == 1:  # split returns text, token, text, token, ..., text
+        for i, (part, is_token) in enumerate(self.cut_special(text) if special else [(text, False)]):
+            if is_token:
                 if self.ids[part] >= self.embedded:
                     raise UserError(f"text has {part!r}, token {self.ids[part]}; the model knows only {self.embedded}")
                 ids.append(self.ids[part])
             elif part:
                 ids += self.encode_text(part, first=i == 0)
         return ids
+
+    def cut_special(self, text: str) -> list[tuple[str, bool]]:
+        """Special tokens and the text between them, each with whether it is a token."""
+        exact, normalized = self.special_patterns
+        parts = []
+        for i, part in enumerate(exact.split(text)):  # which returns text, token, text, token, ..., text
+            if i % 2 == 1:
+                parts.append((part, True))
+            else:
+                within = normalized.split(self.normalize(part))
+                parts += [(p, j % 2 == 1) for j, p in enumerate(within) if p or len(within) == 1]
+        return parts
+
+    def normalize(self, text: str) -> str:
+        """What comes before the cut into words; nothing, by default."""
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens as they are written; ids without a token leave no trace."""
@@ -181,11 +199,22 @@ class Tokenizer:
         return text
 
 
-def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int]) -> dict[int, str]:
-    """id -> text of the tokens that the files list as special or added, or give a role, such as "unk_token"."""
-    listed = []
+def any_of(texts: Iterable[str]) -> re.Pattern:
+    """An expression that finds the leftmost, longest of the texts, of which `re` takes the first that matches."""
+    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+
+def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int]) -> tuple[dict[int, str], set[str]]:
+    """id -> text of the tokens that the files list as special or added, or give a role, such as "unk_token"; and those
+    texts that are looked for in normalized text."""
+    listed, free = [], len(vocab)
     for file in ("itself", "tokenizer.json"):
-        listed += settings.get(file, {}).get("added_tokens") or []
+        added = settings.get(file, {}).get("added_tokens", [])
+        if not isinstance(added, list):
+            raise UserError(f"{where}: its added_tokens are {brief(added)}, expected a list")
+        listed += added
+    numbered = len(listed)
     for id, token in (settings.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}).items():
         listed.append({"id": int(id), **token})
     for text, id in settings.get("added_tokens.json", {}).items():
@@ -194,15 +223,34 @@ def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int])
         for field, value in settings.get(file, {}).items():
             if field.endswith("_token") and token_text(value) in vocab:
                 listed.append({"id": vocab[token_text(value)], "content": token_text(value)})
-    special = {}
-    for token in listed:
+    special, normalized = {}, set()
+    for i, token in enumerate(listed):
         id, text = token["id"], token["content"]
+        if text == "":  # which is passed over
+            continue
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{where}: added token {text!r} has lstrip, rstrip or single_word, not known here")
-        if type(id) is not int or id < 0 or not text or special.get(id, text) != text:
+        if type(id) is not int or not 0 <= id < LARGEST_ID or not text or special.get(id, text) != text:
             raise UserError(f"{where}: ids collide: added token {text!r} has id {id!r}, as has {special.get(id)!r}")
+        if i < numbered and text not in vocab and id not in special:  # `tokenizers` numbers these itself
+            if id != free:
+                raise UserError(f"{where}: added token {text!r} has id {id}, expected {free}, the next that is free")
+            free += 1
+        if id not in special and flag(where, token, "normalized", False):
+            normalized.add(text)
         special[id] = text
-    return special
+    return special, normalized
+
+
+LARGEST_ID = 2**31  # and more; tokens are stored in 32 bits
+
+
+def flag(where: str, settings: dict, key: str, default: bool) -> bool:
+    """A setting that is true or false; null is the default. UserError for anything else."""
+    value = settings.get(key)
+    if not isinstance(value, bool | None):
+        raise UserError(f"{where}: {key} is {brief(value)}, expected true or false")
+    return default if value is None else value
 
 
 def token_text(value: Any) -> Any:
@@ -297,7 +345,7 @@ class BPE(Tokenizer):
     ):
         parsed = settings["tokenizer.json"]
         self.ranks, self.merged = ranks, merged
-        self.ignore_merges = bool(parsed["model"].get("ignore_merges"))
+        self.ignore_merges = flag(where, parsed["model"], "ignore_merges", False)
         self.cache = {}
         super().__init__(where, settings, vocab)
         self.read_cutting(where, settings)
@@ -308,7 +356,10 @@ class BPE(Tokenizer):
         normalizers = flatten(parsed.get("normalizer"), "normalizers")
         self.nfc = normalizers == [{"type": "NFC"}]
         if normalizers and not self.nfc:
-            raise UserError(f"{where}: its normalizer is {json.dumps(normalizers)}, expected none or NFC")
+            raise UserError(f"{where}: its normalizer is {brief(normalizers)}, expected none or NFC")
+        for token in self.normalized:
+            if self.normalize(token) != token:
+                raise UserError(f"{where}: added token {token!r} is normalized, and NFC changes it: not known here")
         self.cuts = read_cuts(where, flatten(parsed.get("pre_tokenizer"), "pretokenizers"))
 
     def rules(self) -> list:
@@ -333,8 +384,7 @@ class BPE(Tokenizer):
     def words(self, text: str, first: bool) -> list[str]:
         """Cuts text. The expressions see in place of a character beyond ASCII one that stands for its class, so that
         they need not know Unicode; the words are then slices of text of the same lengths."""
-        if self.nfc:
-            text = compose(text)
+        text = self.normalize(text)
         seen = text if text.isascii() else text.translate(class_table())
         words = [seen]
         for cut in self.cuts:
@@ -343,6 +393,9 @@ class BPE(Tokenizer):
             return words
         ends = [0, *itertools.accumulate(map(len, words))]
         return [text[start:end] for start, end in itertools.pairwise(ends)]
+
+    def normalize(self, text: str) -> str:
+        return compose(text) if self.nfc else text
 
     def encode_word(self, word: str) -> list[int]:
         """The ids of a word, from its bytes; one that has no token leaves its neighbours side by side."""
@@ -394,11 +447,13 @@ class CharBPE(BPE):
         split, self.nfc = False, False
         match steps:
             case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" | "first" | "never" as prepend}]:
-                self.prepend, self.twice, split = prepend, False, steps[0].get("split", True)
+                self.prepend, self.twice, split = prepend, False, flag(where, steps[0], "split", True)
+                if prepend != "never" and not flag(where, steps[0], "add_prefix_space", True):
+                    raise UserError(f"{where}: its Metaspace has a prepend_scheme and no add_prefix_space")
             case [{"type": "Prepend", "prepend": "▁"}, replace] if replace == spaces:  # as it was until 2024
                 self.prepend, self.twice = "always", True
             case _:
-                raise UserError(f"{where}: has byte_fallback, and {json.dumps(steps)}, which is not known here")
+                raise UserError(f"{where}: has byte_fallback, and {brief(steps)}, which is not known here")
         check_prefix(where, settings)
         config = settings.get("tokenizer_config.json", {})
         if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and self.prepend == "always":
@@ -429,7 +484,8 @@ class CharBPE(BPE):
         ids = []
         for char in word:
             spelled = [char] if char in self.vocab else [f"<0x{b:02X}>" for b in char.encode()]
-            ids += [self.vocab[token] for token in spelled]
+            if all(token in self.vocab for token in spelled):  # one without a token leaves no trace
+                ids += [self.vocab[token] for token in spelled]
         return self.merge(ids)
 
     def decode_text(self, ids: list[int], first: bool) -> str:
@@ -448,12 +504,14 @@ def read_merges(where: str, model: dict) -> tuple[dict[str, int], dict[tuple[int
             raise UserError(f"{where}: its model has {key} {model[key]!r}, which is not known here")
     vocab, owners = model["vocab"], {}
     for token, id in vocab.items():
-        if type(id) is not int or id < 0 or id in owners:
+        if type(id) is not int or not 0 <= id < LARGEST_ID or id in owners:
             raise UserError(f"{where}: ids collide: {token!r} has id {id!r}, as has {owners.get(id)!r}")
         owners[id] = token
     needed = BYTE_TOKENS if model.get("byte_fallback") else CHAR_BYTES
     if model.get("unk_token") and not all(token in vocab for token in needed):
         raise UserError(f"{where}: has an unk_token and no tokens for some bytes, which is not known here")
+    if not isinstance(model["merges"], list):
+        raise UserError(f"{where}: its merges are {brief(model['merges'])}, expected a list")
     ranks, merged = {}, []
     for rank, merge in enumerate(model["merges"]):
         try:
@@ -481,10 +539,10 @@ def read_cuts(where: str, steps: list[dict]) -> list[re.Pattern]:
             case {"type": "Digits", "individual_digits": bool(single)} if not last:
                 cuts.append(re.compile("([0-9²³])" if single else "([0-9²³]+)"))  # see class_table
             case {"type": "ByteLevel", "add_prefix_space": False} if last:
-                if step.get("use_regex", True):
+                if flag(where, step, "use_regex", True):
                     cuts.append(compile_cut(where, GPT2_CUT))
             case _:
-                raise UserError(f"{where}: its pre-tokenizer {json.dumps(step)} is not known here, or not there")
+                raise UserError(f"{where}: its pre-tokenizer {brief(step)} is not known here, or not there")
     if not steps:
         raise UserError(f"{where}: has no pre-tokenizer, expected ByteLevel")
     return cuts
@@ -493,7 +551,7 @@ def read_cuts(where: str, steps: list[dict]) -> list[re.Pattern]:
 def read_tiktoken(where: str, data: bytes) -> tuple[dict[str, int], dict[tuple[int, int], int]]:
     """vocab and ranks of BPE from Meta's file: a line for each token, its bytes in base64 and its rank, from 0 on."""
     vocab = {}
-    for rank, line in enumerate(data.splitlines()):
+    for rank, line in enumerate(line for line in data.splitlines() if line.strip()):
         try:
             token, stated = line.split()
             token = base64.b64decode(token, validate=True).decode("latin-1").translate(BYTE_CHARS)
@@ -597,8 +655,9 @@ def compile_cut(where: str, expression: str) -> re.Pattern:
             part = part.replace(name, members if part[0] == "[" else f"[{members}]")
         translated += part
     try:
+        re.compile(translated)  # by itself: a parenthesis too many would close the group
         return re.compile(f"({translated})")
-    except re.error as e:
+    except (re.error, OverflowError) as e:  # the latter: of a repetition
         raise UserError(f"{where}: its pre-tokenizer's expression {expression!r} is broken: {e}") from None
 
 

@@ -7,6 +7,7 @@ REAL_MODELS is a folder with smollm2/ (SmolLM2's tokenizer.json) and llama3/toke
 
 import base64
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -371,7 +372,7 @@ def test_a_sentencepiece_model_as_json_gives_the_ids_of_tokenizers(byte_fallback
     tokenizer = ours(reference)
     texts = [*HARD, TEXT, *random_strings(400, 8, ["<s>", "</s>", "▁", " ▁", "<0x41>"])]
     assert mismatches(tokenizer, same_as(reference), texts) == []
-    for text in (text for text in texts if not tokenizer.special_pattern.search(text)):
+    for text in (text for text in texts if not tokenizer.special_patterns[0].search(text)):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False)
         if form == "normalizer":  # the only one that loses no space at the start
@@ -430,7 +431,7 @@ def test_llamas_special_tokens_are_found_as_transformers_finds_them(tmp_path, le
     texts = [fish, "a<s>b</s>", "<unk>x", "<s> <s>", *HARD, *random_strings(400, 5, tokens)]
     if model:
         # transformers drops the space that begins a text, and takes "▁" for a space; we leave both to sentencepiece
-        between = tokenizer.special_pattern.split
+        between = tokenizer.special_patterns[0].split
         texts = [t for t in texts if not any(part.startswith((" ", "▁")) for part in (between(t) if legacy else [t]))]
     assert mismatches(tokenizer, lambda text: reference.encode(text, add_special_tokens=False), texts) == []
 
@@ -530,11 +531,11 @@ BAD_JSON = {
     "ids collide: 'a' has id 1": {"model__vocab__a": 1},
     "ids collide: 'a' has id -1": {"model__vocab__a": -1},
     "ids collide: 'a' has id '7'": {"model__vocab__a": "7"},
-    "ids collide: '<x>' is added as 5": {"added_tokens": [{"id": 5, "content": "<x>"}]},
-    "ids collide: added token '<y>' has id 999, as has '<x>'": {
-        "added_tokens": [{"id": 999, "content": c} for c in ("<x>", "<y>")]
+    "added token '<x>' has id 5, expected 300, the next that is free": {"added_tokens": [{"id": 5, "content": "<x>"}]},
+    "ids collide: added token '<y>' has id 300, as has '<x>'": {
+        "added_tokens": [{"id": 300, "content": c} for c in ("<x>", "<y>")]
     },
-    "ids collide: '<x>' is added as 998": {"added_tokens": [{"id": i, "content": "<x>"} for i in (998, 999)]},
+    "ids collide: '<x>' is added as 300": {"added_tokens": [{"id": i, "content": "<x>"} for i in (300, 301)]},
     "'<x>' has lstrip, rstrip or single_word": {"added_tokens": [{"id": 999, "content": "<x>", "rstrip": True}]},
     "pre-tokenizer .*Whitespace": {"pre_tokenizer": {"type": "Whitespace"}},
     "has no pre-tokenizer": {"pre_tokenizer": None},
@@ -547,6 +548,14 @@ BAD_JSON = {
     "not laid out as expected": {"model": 5},
     "not laid out as expected.*": {"added_tokens": [5]},
     "merge 0 is .*": {"model__vocab": {}},
+    "its merges are {'a b': 1}, expected a list": {"model__merges": {"a b": 1}},
+    "its added_tokens are None, expected a list": {"added_tokens": None},
+    "ignore_merges is 'false', expected true or false": {"model__ignore_merges": "false"},
+    "byte_fallback is 0, expected true or false": {"model__byte_fallback": 0},
+    "ids collide: 'a' has id 1099511627776": {"model__vocab__a": 2**40},
+    "holds half of a surrogate pair": {"model__vocab__\ud83d": 300},
+    "normalizer is .*Precompiled.{,200}$": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 10**5}},
+    "normalizer is .*NFC": {"normalizer": {"type": "NFC", "x": functools.reduce(lambda x, _: [x], range(900), [])}},
 }
 
 
@@ -559,13 +568,75 @@ def test_a_broken_or_unknown_tokenizer_json_is_refused_by_name(tmp_path, message
 
 
 @pytest.mark.parametrize(
-    "expression", [r"\p{Han}+", r"\w+", r"a++", r"[[:alpha:]]", r"(a)", r"[^\S]", "é", "a$", "(?:a", r"\P{L}"]
+    "expression",
+    [
+        r"\p{Han}+",
+        r"\w+",
+        r"a++",
+        r"[[:alpha:]]",
+        r"(a)",
+        r"[^\S]",
+        "é",
+        "a$",
+        "(?:a",
+        r"\P{L}",
+        "a)(?:b",
+        "a{99999999999}",
+    ],
 )
 def test_an_expression_that_python_reads_differently_is_refused_by_name(expression):
     split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
     steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
     with pytest.raises(UserError, match="the checkpoint's tokenizer: its pre-tokenizer's expression"):
         load_tokenizer(changed(pre_tokenizer={"type": "Sequence", "pretokenizers": steps}))
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"<html>", b"\x1f\x8b\0"])
+def test_what_is_no_json_under_that_name_is_said_to_be_none(tmp_path, data):
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"tokenizer.json: is (not|a) JSON"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_white_space_before_json_and_blank_lines_of_metas_file_are_passed_over():
+    assert load_tokenizer(b" " * 99 + changed()).fingerprint == load_tokenizer(changed()).fingerprint
+    data = tiktoken_file(train("llama3-like", 300))
+    assert load_tokenizer(data + b"\n").fingerprint == load_tokenizer(data).fingerprint
+
+
+@pytest.mark.parametrize("stated", [{"eos_token_id": "2"}, {"eos_token_id": ["1"]}, {"eos_token_id": {"content": "a"}}])
+def test_an_id_that_is_text_is_no_token_of_that_text(stated):
+    with pytest.raises(UserError, match="has no token .*, which generation_config.json beside it has as eos_token_id"):
+        load_tokenizer(changed(), {"generation_config.json": json.dumps(stated).encode()})
+    with pytest.raises(UserError, match="has no token 5, which tokenizer_config.json beside it has as bos_token"):
+        load_tokenizer(changed(), {"tokenizer_config.json": b'{"bos_token": 5}'})
+
+
+def test_added_tokens_that_are_normalized_are_found_after_the_others():
+    reference = train("smollm2-like", 300)
+    reference.add_tokens([tokenizers.AddedToken("<ab", normalized=True)])
+    reference.add_special_tokens([tokenizers.AddedToken("b>", normalized=False)])
+    for text in ("<ab", "<ab>", "x<ab>y<ab y b>", "<<ab b><ab", ""):
+        assert ours(reference).encode(text) == reference.encode(text).ids, text
+    reference.normalizer = normalizers.NFC()
+    reference.add_tokens([tokenizers.AddedToken("été", normalized=True)])
+    for text in ("e\u0301te\u0301", "été<ab", "x e\u0301te\u0301 y<ab>"):
+        assert ours(reference).encode(text) == reference.encode(text).ids, text
+    reference.add_tokens([tokenizers.AddedToken("e\u0301x", normalized=True)])
+    with pytest.raises(UserError, match="added token 'e\u0301x' is normalized, and NFC changes it"):
+        ours(reference)
+
+
+def test_a_character_without_bytes_and_without_unk_leaves_no_trace(tmp_path):
+    parsed = json.loads(changed(model__byte_fallback=True, normalizer=None, added_tokens=[]))
+    parsed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    parsed["model"].update(unk_token=None, merges=[], vocab={"c": 0, "a": 1, "f": 2, "<0xC3>": 3})
+    data = json.dumps(parsed).encode()
+    assert (
+        load_tokenizer(data).encode("café")
+        == tokenizers.Tokenizer.from_str(data.decode()).encode("café").ids
+        == [0, 1, 2]
+    )
 
 
 def test_damaged_files_are_refused_by_name(tmp_path, tokenizer_file):
@@ -646,8 +717,8 @@ BAD_COMMANDS = {
     "merge 0 is 'a xyz', expected two tokens whose union is one": {"model__merges": ["a xyz"]},
     "not laid out as expected: KeyError('merges')": {"model": {"type": "BPE", "vocab": {"a": 0}}},
     "ids collide: 'a' has id 1": {"model__vocab__a": 1},
-    "ids collide: '<x>' is added as 5": {"added_tokens": [{"id": 5, "content": "<x>"}]},
-    'its pre-tokenizer {"type": "Whitespace"} is not known here': {"pre_tokenizer": {"type": "Whitespace"}},
+    "added token '<x>' has id 5, expected 300, the next that is free": {"added_tokens": [{"id": 5, "content": "<x>"}]},
+    "its pre-tokenizer {'type': 'Whitespace'} is not known here": {"pre_tokenizer": {"type": "Whitespace"}},
 }
 
 
@@ -731,10 +802,12 @@ def test_a_pt_says_of_bos_and_eos_what_its_directory_says(with_json):
 
 def test_an_added_token_without_an_embedding_is_refused_only_where_a_text_has_it(with_json):
     """Many fine-tuned LLaMAs have a <pad> of id 32,000 beside 32,000 embeddings; transformers loads them."""
-    (with_json / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 400, "content": "<pad>"}]))
-    _, tokenizer = model.load(with_json)
+    small = with_json.parent / "small"
+    save(Llama(dataclasses.replace(PRESETS["test"], vocab_size=300)), small, load_tokenizer(changed()))
+    (small / "tokenizer.json").write_bytes(changed(added_tokens=[{"id": 300, "content": "<pad>"}]))
+    _, tokenizer = model.load(small)
     assert tokenizer.vocab_size == 300 and tokenizer.encode("the cat") == load_tokenizer(changed()).encode("the cat")
-    with pytest.raises(UserError, match="text has '<pad>', token 400; the model knows only 400"):
+    with pytest.raises(UserError, match="text has '<pad>', token 300; the model knows only 300"):
         tokenizer.encode("the <pad>")
 
 
