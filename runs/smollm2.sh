@@ -13,9 +13,9 @@
 # 2:4 come first; what there is when the script is stopped, bench/tables.py lays out: results_*.json.
 #
 # On one core of a slow CPU a fine-tuning of the short form takes about 15 minutes and an evaluation 5, and so all of it
-# about eight hours, the search more than one. The rates come from earlier tries, with another tokenizer, of two or three
-# for each method at Wanda 0.75, LoRA's in 21 steps of 16. The search, of 42 steps of 4 with a seed that no row of the
-# table has, has not been run to its end.
+# about eight hours, the search less than one. The rates come from earlier tries, with another tokenizer, of two or three
+# for each method at Wanda 0.75, LoRA's in 21 steps of 16. The search is of 42 steps of 4, with a seed that no row of the
+# table has; what it found is assets/smollm2_search.txt.
 seeds=0 nsamples=24 seqlen=512 steps=84 interval=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
 case "$# $2" in
 "1 ") ;;

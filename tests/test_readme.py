@@ -157,6 +157,15 @@ def test_the_real_table_is_that_of_the_committed_results_and_of_the_paper():
     assert README[start:].split("\n\n")[0].splitlines() == table
 
 
+def test_the_rates_searched_are_those_of_the_committed_log():
+    names = {"spp": "SPP", "lora": "LoRA*", "masked": "masked"}
+    lines = [line.split() for line in (ROOT / "assets" / "smollm2_search.txt").read_text().splitlines()]
+    expected = {}
+    for method, rate, loss in lines:
+        expected.setdefault(names[method], []).extend([rate, f"{float(loss):.3f}"])
+    assert {row: cells for row, *cells in rows_under("| | rate | loss |")} == expected
+
+
 def rows_under(header: str) -> list[list[str]]:
     """The cells of the table whose header line begins so."""
     lines = README[README.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()
