@@ -403,7 +403,7 @@ def test_a_later_exchange_without_room_for_its_answer_is_left_out(tmp_path, monk
     "flag, value, message",
     [
         ("--tokenizer", "none.model", "none.model: cannot be read"),
-        ("--tokenizer", "records.json", "records.json: is not a sentencepiece model"),
+        ("--tokenizer", "records.json", "records.json: is a JSON list, expected a dict"),
         ("--json", "nowhere.json", "nowhere.json: cannot be read"),
         ("--val", 0, "argument --val: expected at least 1, found 0"),
         ("--val", -3, "argument --val: expected at least 1, found -3"),
