@@ -960,7 +960,7 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
         # Not tidily: torch's threads may abort or hang then, and torchrun would end the others, or wait for ever.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status if isinstance(status, int) else int(status is not None))
     if status:
         sys.exit(status)
 

@@ -156,7 +156,7 @@ class Settings:
     """How to prune. UserError for a method that is none of METHODS, and for a sparsity that is none."""
 
     method: str = "wanda"
-    sparsity: str | Pattern = 0.5  # as `parse_sparsity` takes it, and is then what that returns; or a function
+    sparsity: str | Pattern = 0.5  # given as `prune_model` takes it, and then as `parse_sparsity` returns it
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
@@ -222,7 +222,7 @@ def prune_model(
     model: Llama,
     calib: np.ndarray | Tensor,
     method: str = "wanda",
-    sparsity: str | Pattern = "0.5",
+    sparsity: str | Sparsity | Callable[[str], Sparsity] = "0.5",
     dsnot_cycles: int = 0,
     dsnot_threshold: float = 0.1,
 ) -> list[dict]:

@@ -59,7 +59,7 @@ from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
 from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of, world_size
 from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
-from spp import METHODS, AdapterLinear, DynamicLinear, adapter_state, inject, merge_checkpoint, write_adapter
+from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -209,8 +209,10 @@ def main() -> None:
         write_line(log_file, {"step": 0, "val_loss": val_loss})
         log(f"step 0: validation loss {shown(val_loss)}")
         check_finite(0, {"validation loss": val_loss}, ckpt)
-        if val_loss is not None and args.zero_init != "none":  # with none step 0 is not the pruned model
+        if val_loss is not None:
             first = val_loss
+            if args.zero_init == "none":  # random factors have changed the pruned model already
+                first = pruned_loss(model, val, args, ckpt, rank, world)
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, disable=None if rank == 0 else True)
     for step in bar:
         started = time.perf_counter()
@@ -905,6 +907,18 @@ def validation_loss(
     if world > 1:
         dist.all_reduce(total)
     return total.item() / n_targets
+
+
+def pruned_loss(model: Llama, *more: Any) -> float | None:
+    """`validation_loss` at a scale of 0: that of the checkpoint."""
+    layers = [module for module in model.modules() if isinstance(module, SPPLinear)]
+    scale = layers[0].scale
+    for layer in layers:
+        layer.scale = 0.0
+    loss = validation_loss(model, *more)
+    for layer in layers:
+        layer.scale = scale
+    return loss
 
 
 def rounded(model: Llama, ckpt: Checkpoint | None, args: argparse.Namespace) -> Llama:

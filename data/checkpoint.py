@@ -328,13 +328,13 @@ def check_out(path: str | Path, flag: str = "--out", inputs: Iterable[str | Path
             what = "is an input" if target == real else f"lies in {real}, an input"
             raise UserError(f"{flag} {path}: would be overwritten, and it {what}")
     kind, file = path.suffix, path.suffix in (".pt", ".npy", ".json", ".jsonl")
+    weights = kind in (".safetensors", ".bin", ".pth")
+    ordinary = target.is_file() or target.is_dir() or not target.exists()
     refused = {
         "is a symbolic link that leads to itself": not file and target.is_symlink(),
-        "is not an ordinary file, and cannot be replaced by one": target.exists()
-        and not (target.is_file() or target.is_dir()),
+        "is not an ordinary file, and cannot be replaced by one": not ordinary,
         f"a model is no {kind} file; name a .pt file or a directory": model and file and kind != ".pt",
-        f"a {kind} name is a file of weights alone; name a .pt file or a directory": kind
-        in (".safetensors", ".bin", ".pth"),
+        f"a {kind} name is a file of weights alone; name a .pt file or a directory": weights,
         f"is a directory, and a {kind} name is a file": file and path.is_dir(),
         "is a mount point, which cannot be replaced; name a directory inside of it": not file and os.path.ismount(path),
         "is a file; a name without .pt is a directory": not file and path.is_file(),

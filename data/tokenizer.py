@@ -162,7 +162,7 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             raise UserError(f"text has half of a surrogate pair at character {e.start}: {text[e.start]!a}") from None
         ids = []
-        for i, (part, is_token) in enumerate(self.cut_special(text) if special else [(text, False)]):
+        for i, (part, is_token) in enumerate(self.cut_special(text) if special else [(self.normalize(text), False)]):
             if is_token:
                 if self.ids[part] >= self.embedded:
                     raise UserError(f"text has {part!r}, token {self.ids[part]}; the model knows only {self.embedded}")
@@ -242,7 +242,7 @@ def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int])
     return special, normalized
 
 
-LARGEST_ID = 2**31  # and more; tokens are stored in 32 bits
+LARGEST_ID = 2**31  # is none any more: tokens are stored in 32 bits
 
 
 def flag(where: str, settings: dict, key: str, default: bool) -> bool:
@@ -384,7 +384,6 @@ class BPE(Tokenizer):
     def words(self, text: str, first: bool) -> list[str]:
         """Cuts text. The expressions see in place of a character beyond ASCII one that stands for its class, so that
         they need not know Unicode; the words are then slices of text of the same lengths."""
-        text = self.normalize(text)
         seen = text if text.isascii() else text.translate(class_table())
         words = [seen]
         for cut in self.cuts:

@@ -2,6 +2,7 @@
 that the committed results and the code give."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -96,9 +97,10 @@ def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
 
 def real_table() -> list[str]:
     """The README's table of SmolLM2, from the committed results and, for LLaMA 7B, from the paper's figures."""
-    rows = tables.rows_of(tables.read([ROOT / "assets" / "smollm2.json"]))
+    records = tables.read([ROOT / "assets" / "smollm2.json"])
+    rows = tables.rows_of(records)
     losses = {}  # (pruner, sparsity, how tuned) -> the loss before, and the lowest, of each seed
-    for record in tables.read([ROOT / "assets" / "smollm2.json"]):
+    for record in records:
         curve = [loss for _, loss in record.get("val_loss", [])]
         if curve:
             pruner, tuned = tables.parts(record["method"])
@@ -130,11 +132,11 @@ def real_table() -> list[str]:
 
     paper = json.loads((ROOT / "bench" / "paper.json").read_text())
 
-    def of_7b(pruner: str, sparsity: str, kind: str) -> str:
+    def of_7b(pruner: str, sparsity: str, kind: str, column: str = "average") -> str:
         name = f"llama-7b/{pruner.lower()}_{sparsity.replace(':', 'of')}"
         name += {"pruned": "", "SPP": "-spp", "LoRA*": "-lora"}[kind]
-        found = [t["rows"][name][t["columns"].index("average")] for t in map(paper.get, "235") if name in t["rows"]]
-        return f"{found[0]:.2f}" if found else ""
+        found = [t for t in map(paper.get, "235") if name in t["rows"] and column in t["columns"]]
+        return f"{found[0]['rows'][name][found[0]['columns'].index(column)]:,.2f}" if found else ""
 
     of_tasks = " / ".join(f"{values[0]:.1f}" for values in [*dense["columns"].values()][:3])
     return [
@@ -148,6 +150,7 @@ def real_table() -> list[str]:
             of_7b,
             ["pruned", "SPP", "LoRA*"],
         ),
+        *block("LLaMA 7B in the paper, perplexity", functools.partial(of_7b, column="ppl"), ["pruned", "SPP"]),
     ]
 
 
@@ -324,7 +327,11 @@ def test_what_fits_one_gpu_is_what_bench_memory_counts(columns):
     for preset in presets:
         cells = [memory.cell(preset, *column) for column in named[columns]]
         assert cells == table[preset][columns], preset
-    claimed = [(float(otherwise), float(so)) for _, otherwise, so, _ in rows_under("| | otherwise | so | by |")[:3]]
+    *trained, scored = rows_under("| | otherwise | so | by |")
+    claimed = [(float(otherwise), float(so)) for _, otherwise, so, _ in trained]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Llama(PRESETS["llama-2-70b"]).parameters()) * 2 / 1e9
+    assert scored[1].startswith(f"{weights:.1f} ") and f"{scored[2]} GB for LLaMA-2 70B" in " ".join(README.split())
     cells = [("llama-2-70b", 0, 2), ("llama-7b", 0, 1), ("llama-7b", 3, 4)]
     sizes = [[float(table[preset][i].split(":")[0]) for i in (dense, packed)] for preset, dense, packed in cells]
     assert [list(pair) for pair in claimed] == sizes

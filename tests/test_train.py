@@ -1110,6 +1110,17 @@ def test_a_run_that_only_harmed_says_so_in_its_last_line(world, tmp_path, method
         assert min(losses[1:]) > losses[0] and job.text.splitlines()[-1].startswith(said), job.text
 
 
+def test_random_factors_are_held_against_the_pruned_model(world, long, tmp_path):
+    """What counts as harm begins with the checkpoint's loss, and not with that of the factors' random start."""
+    job = start(world, tmp_path / "run", "--zero_init", "none", "--scale", 20, "--epochs", 0.4, "--lr", 1e-9)
+    assert job.wait() == [0], job.text
+    log = log_of(tmp_path / "run")
+    pruned = long[1][0]["val_loss"]
+    assert log[0]["val_loss"] != pytest.approx(pruned, abs=1e-3)
+    said = re.search(r"the run only harmed: validation loss ([\d.]+) at step 0", job.text)
+    assert said and float(said[1]) == pytest.approx(pruned, abs=1e-4)
+
+
 def test_a_run_that_helped_does_not_say_that_it_harmed(world, long):
     job = start(world, world / "long", *LONG, "--resume")
     assert job.wait() == [0] and "harmed" not in job.text
