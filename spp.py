@@ -227,9 +227,9 @@ class SPPLinear(AdapterLinear):
 # forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight -> form)
 # backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients -> reduce)
 #
-# form and reduce are elementwise and in float32: a CPU runs them a block of m/r rows at a time, a GPU as one compiled
-# kernel. The operators at the end of this section do the same for torch.compile, and for packed weights on a GPU; skip
-# them at first.
+# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time, a GPU in one
+# compiled kernel. The operators at the end of this section do the same for torch.compile, and for packed weights on a
+# GPU; skip them at first.
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -279,23 +279,18 @@ def form(
     as (m, n), or survivors with their bits; alpha: (k, n), beta: (k, m/r). out: for W^, by default a new tensor."""
     dtype = W.dtype
     W = unpack(W, bits, alpha.shape[1]).view(len(alpha), -1, alpha.shape[1]).to(alpha.dtype)
-    room = out if dtype == alpha.dtype else None  # in float32 M is made where W^ will be
+    room = out if dtype == alpha.dtype else None  # in float32 all is made where W^ will be
     M = torch.mul((scale * beta)[:, :, None], alpha[:, None, :], out=room)  # outer products of betas with alpha_k
-    W_hat = torch.addcmul(W, W, M, out=out) if residual else torch.mul(W, M, out=out)
-    return W_hat.to(dtype)  # `out` has W's dtype already: rounded while it was written, and no copy here
+    W_hat = torch.addcmul(W, W, M, out=M) if residual else M.mul_(W)
+    return W_hat.to(dtype) if out is None else out.copy_(W_hat)  # of itself a copy does nothing
 
 
 def reduce(
-    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, one_kernel: bool
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d alpha (k, n) and d beta (k, m/r) from k blocks of rows of G (k, m/r, n): see `form`."""
+    """d alpha (r, n) and d beta (r, m/r) from G (r, m/r, n), for a GPU: products and sums in one kernel."""
     GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
-    if one_kernel:  # sums are compiled together with the product above; bmm would want GW in memory
-        d_alpha, d_beta = (GW * beta[:, :, None]).sum(1), (GW * alpha[:, None, :]).sum(2)
-    else:
-        d_alpha = torch.bmm(beta[:, None, :], GW).squeeze(1)  # (k, 1, m/r) @ (k, m/r, n)
-        d_beta = torch.bmm(GW, alpha[:, :, None]).squeeze(2)  # (k, m/r, n) @ (k, n, 1)
-    return scale * d_alpha, scale * d_beta
+    return scale * (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
 
 
 @functools.cache  # compiled once, at the first use
@@ -331,12 +326,15 @@ def spp_gradients(
     """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n)."""
     r, n = alpha.shape
     if G.is_cuda:
-        d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale, True)
+        d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
         return d_alpha, d_beta.flatten()
-    blocks = in_blocks(64, alpha, G, unpack(W, bits, n), beta)  # as a rule one at a time: bmm is slower with more
-    parts = [reduce(G_k, W_k, None, alpha_k, beta_k, scale, False) for alpha_k, G_k, W_k, beta_k in blocks]
-    d_alpha, d_beta = zip(*parts, strict=True)
-    return torch.cat(d_alpha), torch.cat(d_beta).flatten()
+    d_alphas, d_betas = [], []
+    # as a rule one block at a time: bmm is slower with more
+    for alpha_k, G_k, W_k, beta_k in in_blocks(64, alpha, G, unpack(W, bits, n), beta):
+        GW = G_k.to(alpha.dtype).mul_(W_k)  # (k, m/r, n); in float32 in the memory of G
+        d_alphas.append(torch.bmm(beta_k[:, None, :], GW))  # (k, 1, m/r) @ (k, m/r, n)
+        d_betas.append(torch.bmm(GW, alpha_k[:, :, None]))  # (k, m/r, n) @ (k, n, 1)
+    return scale * torch.cat(d_alphas).squeeze(1), scale * torch.cat(d_betas).flatten()
 
 
 # torch.compile would trace into EffectiveMatmul, and could then keep W^ for the backward pass. An operator is one node

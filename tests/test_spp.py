@@ -1,7 +1,6 @@
 """What spp.py promises: exact forms, exact gradients, three units, no memory of W's size, zeros that stay zeros."""
 
 import copy
-import functools
 import logging
 import math
 from pathlib import Path
@@ -210,7 +209,7 @@ def test_a_weight_costs_12_to_16_bytes_of_memory_traffic():
     small = 8 * (alpha.nbytes + beta.nbytes)  # the factors, and what is learned of them
     forming = bytes_of(spp.form, W, None, alpha, beta, 2.0, True)
     assert forming == pytest.approx(4 * m * n, abs=small)
-    reducing = bytes_of(functools.partial(spp.reduce, one_kernel=True), G, W, None, alpha, beta, 2.0)
+    reducing = bytes_of(spp.reduce, G, W, None, alpha, beta, 2.0)
     assert 4 * m * n <= reducing <= 8 * m * n + small
     assert 12 * m * n <= 2 * forming + reducing <= 16 * m * n + 3 * small
     # Over the floor of 3 units, by the speed of a GPU's memory and of its products, at so many tokens a micro-batch. 12
@@ -235,7 +234,7 @@ def test_a_packed_weight_costs_twice_as_much_memory_traffic_as_a_dense_one(monke
     values, bits = pack(W.masked_fill_(torch.rand(m, n) < zeros, 0))
     G, alpha, beta = torch.randn(r, m // r, n).bfloat16(), torch.randn(r, n), torch.randn(r, m // r)
     forming = bytes_of(spp.form, values, bits, alpha, beta, 2.0, True)
-    reducing = bytes_of(functools.partial(spp.reduce, one_kernel=True), G, values, bits, alpha, beta, 2.0)
+    reducing = bytes_of(spp.reduce, G, values, bits, alpha, beta, 2.0)
     assert (2 * forming + reducing) / (m * n) == pytest.approx(expected, rel=0.05)
 
 
