@@ -84,8 +84,7 @@ from data.checkpoint import lock_partial, read_json, read_utf8, write_json
 from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, n_words, read_tasks
 from data.tokenizer import Tokenizer
 from model import LOGITS_AT_ONCE, Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli
-from model import common_dtype
-from model import cut_into_batches, join_processes, number, open_llama, rope_tables, sparsity_of, stream_blocks
+from model import common_dtype, cut_into_batches, join_processes, number, open_llama, rope_tables, stream_blocks
 from model import tokenizer_of
 
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the paper's average
@@ -111,20 +110,18 @@ def read_text(path: str | Path, tokenizer: Tokenizer) -> list[int]:
     UserError where it cannot be read."""
     lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
     rows = [line if line.strip() else "" for line in lines]
-    # not special: the "<unk>" of WikiText's tokenised form is text, as it was for whoever cut it into words
+    # not special: the "<unk>" of WikiText's tokenised form is text like its other words
     return [bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows), special=False)]
 
 
 def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str, list[int]]:
-    """{name: tokens} of several texts, the name is the file's without its suffix. UserError where two have the same,
-    or one is shorter than a window of seqlen tokens."""
+    """{name: tokens} of several texts; the name is the file's, without its suffix. UserError where two have the same
+    name, or a text is shorter than a window of seqlen tokens."""
     texts = {}
     for path in paths:
         name, tokens = Path(path).stem, read_text(path, tokenizer)
         if name in texts:
             raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
-        if len(tokens) == 1:
-            raise UserError(f"--ppl {path}: is empty")
         if len(tokens) < seqlen:
             raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}")
         texts[name] = tokens
@@ -203,9 +200,7 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
     share=False: no trunk, every branch is a whole input. That is what lm-eval computes, for comparison.
     """
     inputs = [tokens for tokens, _ in requests]
-    trunk = skip  # its length, the skipped tokens counted
-    if share:
-        trunk = len(os.path.commonprefix(inputs))
+    trunk = len(os.path.commonprefix(inputs)) if share else skip  # its length, the skipped tokens counted
     row = Row(inputs[0][skip:trunk], list(range(skip, trunk)), [0] * (trunk - skip), [], [])
     for k, (tokens, targets) in enumerate(requests, 1):
         start = len(row.tokens)  # where this branch begins
@@ -226,7 +221,9 @@ class Part:
     rows: list[Row]
     document: list[int]  # of each row; a page and a text have a row for each window
     n_cut: int = 0  # documents with a choice whose input is longer than the model's positions, and was cut
-    scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> of each choice, as they come
+    scores: dict[int, list[Score]] = dataclasses.field(
+        default_factory=dict
+    )  # row -> the score of each of its choices, once it is done
     key: str = ""  # the digest of all that the scores depend on
 
     def past(self) -> int:
@@ -236,12 +233,9 @@ class Part:
 
 def make_part(requests: list[list[Request]], document: list[int], share: bool = True) -> Part:
     """A part from the requests of each of its rows. share=False: see `pack_document`."""
-    skip, prefix = 0, None
-    if share:
-        skip = shared_prefix(requests)
-    if skip:
-        tokens, _ = requests[0][0]
-        prefix = Row(tokens[:skip], list(range(skip)), [0] * skip, [], [])
+    skip = shared_prefix(requests) if share else 0
+    tokens, _ = requests[0][0]
+    prefix = Row(tokens[:skip], list(range(skip)), [0] * skip, [], []) if skip else None
     return Part(prefix, [pack_document(choices, share, skip) for choices in requests], document)
 
 
@@ -279,7 +273,7 @@ def encode_text(tokens: list[int], seqlen: int) -> Part:
 
 class Blocks(nn.Module):
     """A checkpoint's blocks where a Llama has its list of them. Each walk reads them anew, which costs no time: a chunk
-    of N tokens is N FLOPs for each byte that is read."""
+    of N tokens is N FLOPs for each byte that is read, in 16 bits."""
 
     def __init__(
         self, ckpt: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype, semi_structured: bool
@@ -308,7 +302,7 @@ def open_model(
     stay in host memory, of which a chunk's tokens look up a few rows."""
     with torch.device("meta"):
         model = Llama(config)
-    model.model["layers"] = Blocks(ckpt, config, device, dtype, semi_structured)
+    model.model.layers = Blocks(ckpt, config, device, dtype, semi_structured)
     rest = {name: cast(ckpt[name], dtype, name) for name in ckpt if not name.startswith("model.layers.")}
     embeddings = rest["model.embed_tokens.weight"]
     head = rest.get("lm_head.weight", embeddings)  # absent where it is tied
@@ -321,8 +315,7 @@ def open_model(
 def share_of_zeros(ckpt: Checkpoint) -> float:
     """The share of zeros in the blocks' linears: the model's sparsity."""
     sizes = {name: w.numel() for name, w in ckpt.shapes.items() if name.endswith("_proj.weight")}
-    zeros = sum(round(sparsity_of(ckpt[name])[0] * size) for name, size in sizes.items())
-    return zeros / sum(sizes.values())
+    return 1 - sum(int(ckpt[name].count_nonzero()) for name in sizes) / sum(sizes.values())
 
 
 def check_semi_structured(device: str, dtype: torch.dtype) -> None:
@@ -345,7 +338,7 @@ def to_semi_structured(block: nn.Module, where: str) -> None:
         except RuntimeError as e:  # rows or columns that are no multiple of what the units take
             raise UserError(f"--semi_structured: {where}.{name}: {e}") from None
         linear.weight = nn.Parameter(sparse, False)
-        # cuSPARSELt writes a transposed output, from which attention's fast kernels turn away
+        # cuSPARSELt writes a transposed output, which attention's fast kernels do not take
         linear.register_forward_hook(lambda module, args, y: y.contiguous())
 
 
@@ -489,9 +482,7 @@ def walk(model: Llama, chunk: list[RowNumbers], home: torch.device, tick: Callab
     groups = []  # (part, the batch of its prefix or None, the batches of its rows)
     for part, numbers in chunk:
         if not groups or groups[-1][0] is not part:
-            prefix = None
-            if part.prefix:
-                prefix = embed(model, [part.prefix], 0, home)
+            prefix = embed(model, [part.prefix], 0, home) if part.prefix else None
             groups.append((part, prefix, []))
         groups[-1][2].append(embed(model, [part.rows[i] for i in numbers], part.past(), home))
 
@@ -518,9 +509,7 @@ def walk(model: Llama, chunk: list[RowNumbers], home: torch.device, tick: Callab
 def advance(block: Block, i: int, batch: Batch, device: torch.device, cache: list[Tensor] | None) -> None:
     """Takes a batch through block i. cache: keys and values of what it follows; attention puts the batch's own after
     them, in the list itself."""
-    mask = batch.mask
-    if mask is not None:
-        mask = mask.to(device)
+    mask = None if batch.mask is None else batch.mask.to(device)
     # All these copies are none where batches wait on the device.
     x = block(batch.x.to(device), batch.cos.to(device), batch.sin.to(device), mask, cache)
     check_activations(x, f"the output of layers.{i}")  # now, while it is known which layer it was
@@ -630,6 +619,11 @@ def summarise(metrics: list[dict[str, float]]) -> dict:
     return result
 
 
+def perplexity(loss: float) -> float | None:
+    """e^loss; None where it is more than a float can hold: e^709.8 is the largest."""
+    return math.exp(loss) if loss < 709 else None
+
+
 def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
     """Word perplexity, byte perplexity and bits per byte of a rolling task. log_p: of each document's text, in nats.
 
@@ -638,10 +632,9 @@ def rolling_metrics(documents: list[Document], log_p: list[float]) -> dict:
     words = sum(n_words(d.page) for d in documents)
     n_bytes = sum(len(d.page.encode()) for d in documents)
     total = -sum(log_p)
-    exp = lambda x: math.exp(x) if x < 709 else None  # e^709.8 is the largest float
     return {
-        "word_perplexity": exp(total / words),
-        "byte_perplexity": exp(total / n_bytes),
+        "word_perplexity": perplexity(total / words),
+        "byte_perplexity": perplexity(total / n_bytes),
         "bits_per_byte": total / n_bytes / math.log(2),
         "n": len(documents),
     }
@@ -662,12 +655,10 @@ def task_results(documents: list[Document], part: Part) -> tuple[dict, list[list
 
 
 def text_results(part: Part, seqlen: int) -> dict:
-    """Wanda's perplexity of a text in windows of seqlen tokens. UserError where it is more than a float can hold."""
+    """Wanda's perplexity of a text in windows of seqlen tokens."""
     n = len(part.rows)
     mean = -sum(part.scores[row][0][0] for row in range(n)) / (n * (seqlen - 1))  # nats a token
-    if mean > 709:  # e^709.8 is the largest float
-        raise UserError(f"the mean loss is {mean:.0f} nats a token: its perplexity is more than a float can hold")
-    return {"ppl": math.exp(mean), "seqlen": seqlen, "tokens": n * seqlen}
+    return {"ppl": perplexity(mean), "seqlen": seqlen, "tokens": n * seqlen}
 
 
 def aggregates(results: dict[str, dict]) -> dict[str, dict]:
@@ -693,16 +684,11 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def run_task(
-    model: Llama,
-    tokenizer: Tokenizer,
-    documents: list[Document],
-    add_bos: bool = False,
-    max_tokens: int = 8192,
-    share: bool = True,
+    model: Llama, tokenizer: Tokenizer, documents: list[Document], add_bos: bool = False, max_tokens: int = 8192
 ) -> tuple[dict, list[list[Score]]]:
     """Scores one task from Python, with a model that may be in memory: see `task_results`."""
     limit = model.config.max_position_embeddings or max_tokens
-    part = encode_task(documents, tokenizer, add_bos, limit, share)
+    part = encode_task(documents, tokenizer, add_bos, limit)
     score(model, [part], max_tokens)
     return task_results(documents, part)
 
@@ -749,17 +735,17 @@ def percent(result: dict, metric: str) -> str:
 
 def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
     """The results as lines to read: accuracies, then perplexities."""
+    shown = lambda ppl: "too large" if ppl is None else f"{ppl:.4f}"
     lines = []
     if results:
         lines.append(f"{'task':<28} {'acc':>15} {'acc_norm':>15} {'documents':>10}")
     for task, r in results.items():
         if "word_perplexity" in r:
-            value = "too large" if r["word_perplexity"] is None else f"{r['word_perplexity']:.4f}"
-            lines.append(f"{task:<28} word perplexity {value} {r['n']:>20}")
+            lines.append(f"{task:<28} word perplexity {shown(r['word_perplexity'])} {r['n']:>20}")
         else:
             lines.append(f"{task:<28} {percent(r, 'acc'):>15} {percent(r, 'acc_norm'):>15} {r['n']:>10,}")
     for name, p in ppl.items():
-        lines.append(f"{name:<28} perplexity {p['ppl']:.3f} (seqlen {p['seqlen']:,}, {p['tokens']:,} tokens)")
+        lines.append(f"{name:<28} perplexity {shown(p['ppl'])} (seqlen {p['seqlen']:,}, {p['tokens']:,} tokens)")
     return "\n".join(lines)
 
 
@@ -816,9 +802,7 @@ def main() -> None:
     seqlen = args.seqlen or config.max_position_embeddings
     if seqlen is None:
         raise UserError(f"--ckpt {args.ckpt}: does not tell the length that it was trained on; give it by --seqlen")
-    if config.max_position_embeddings is None:
-        config.max_position_embeddings = seqlen  # to which contexts of --tasks are cut, too
-    limit = config.max_position_embeddings
+    limit = config.max_position_embeddings or seqlen  # to which contexts of --tasks are cut
     texts = read_texts(args.ppl, tokenizer, seqlen)
     if texts:
         config.check_length(seqlen, "--seqlen")

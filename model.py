@@ -115,7 +115,8 @@ PRESETS = {
 # the network
 
 
-LOGITS_AT_ONCE = 1024  # targets whose logits are in memory: of 32,000 words in float32 131 MB, up to three times
+# targets whose logits are made at once: with 32,000 words 131 MB in float32, and up to three tensors of that size
+LOGITS_AT_ONCE = 1024
 
 
 class RMSNorm(nn.Module):
@@ -133,18 +134,18 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) -> Tensor:
-    """Angular frequencies of the rotary embedding, (head_dim / 2,) float32, after `rope_scaling`.
-
-    seq_len matters to "dynamic" alone, which stretches the base once a sequence outgrows the training length.
-    """
+def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T)."""
     d, theta, length = config.head_dim, config.rope_theta, config.max_position_embeddings
     scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", "default")
-    if kind == "dynamic":
+    kind = scaling.get("rope_type")
+    if kind == "dynamic" or config.sliding_window:
+        seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
+        config.check_window(seq_len)
+    if kind == "dynamic":  # the base is stretched once a sequence outgrows the training length
         stretch = scaling["factor"] * max(seq_len, length) / length - (scaling["factor"] - 1)
         theta = theta * stretch ** (d / (d - 2))
-    freqs = 1.0 / theta ** (torch.arange(0, d, 2, device=device).float() / d)
+    freqs = 1.0 / theta ** (torch.arange(0, d, 2, device=positions.device).float() / d)  # (head_dim / 2,)
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     if kind == "llama3":  # long wavelengths are slowed by `factor`, short ones kept, and a ramp in between
@@ -152,24 +153,15 @@ def rope_frequencies(config: LlamaConfig, seq_len: int, device: torch.device) ->
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / scaling["factor"]
-    return freqs
-
-
-def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T)."""
-    seq_len = 0
-    dynamic = config.rope_scaling is not None and config.rope_scaling["rope_type"] == "dynamic"
-    if dynamic or config.sliding_window:
-        seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
-        config.check_window(seq_len)
     # Angles are float32: in bfloat16, positions beyond 256 would run together.
-    angles = positions[..., None].float() * rope_frequencies(config, seq_len, positions.device)
+    angles = positions[..., None].float() * freqs
     angles = torch.cat([angles, angles], -1)  # one for each half of a head, see `rotate`
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + head_dim/2}) by its position's angle. (Meta pairs neighbours: see `rotary_rows`.)"""
+    """Turns each pair (x_i, x_{i + head_dim/2}) by its position's angle. (Meta pairs neighbours: `rotary_rows`
+    of data/checkpoint.py.)"""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
@@ -279,11 +271,9 @@ class Llama(nn.Module):
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         keys = torch.arange(past + tokens.shape[1], device=tokens.device)
-        if positions is None:
-            positions = keys[past:]
-        mask = None
-        if past:  # SDPA's own causal flag aligns the first query with the first key: not ours here
-            mask = keys <= keys[past:, None]
+        positions = keys[past:] if positions is None else positions
+        # SDPA's own causal flag aligns the first query with the first key: not ours where there is a past
+        mask = keys <= keys[past:, None] if past else None
         x = self.model.embed_tokens(tokens)
         cos, sin = rope_tables(self.config, positions, x.dtype)
         for i, block in enumerate(self.model.layers):
@@ -497,7 +487,7 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
     check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
     if unknown_length and scaling is not None and scaling["rope_type"] == "dynamic":  # it stretches what is beyond
         raise UserError(f"{source}: config: has no max_position_embeddings, which a dynamic rope_scaling needs")
-    # SDPA divides scores by the root of head_dim: the first two say the same, or another model's way
+    # SDPA divides scores by the root of head_dim; these two keys may say so, or that a model does it otherwise
     of_head = ((head_dim**-0.5,), "attention_multiplier"), ((head_dim,), "query_pre_attn_scalar")
     for plain, keys in PLAIN + of_head:
         expected = " or ".join(repr(x) for x in plain) or "none of it"
@@ -695,8 +685,6 @@ def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> 
     tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
     ckpt = Checkpoint(None, {**config_to_dict(model.config), **model.special_tokens}, tensors)
     if tokenizer is not None:
-        if not hasattr(tokenizer, "data"):  # sentencepiece's own
-            tokenizer = load_tokenizer(tokenizer.serialized_model_proto())
         give_tokenizer(ckpt, tokenizer)
     ckpt.history = checked_history(model.history, path)
     write_checkpoint(ckpt, path)
@@ -738,20 +726,16 @@ def sparsity_of(weight: Tensor) -> tuple[float, str | None]:
 
 def describe(ckpt: Checkpoint, config: LlamaConfig) -> dict:
     """What --info says of a checkpoint, which is read tensor by tensor."""
-    sizes, zeros, patterns = {}, {}, {}  # of each kind of linear, over all layers
+    found = {}  # of each kind of linear, what `sparsity_of` says in each layer
     for name in ckpt:
         if name.endswith("_proj.weight"):
-            kind = name.split(".")[-2]
-            w = ckpt[name]
-            share, pattern = sparsity_of(w)
-            sizes[kind] = sizes.get(kind, 0) + w.numel()
-            zeros[kind] = zeros.get(kind, 0) + round(share * w.numel())
-            patterns.setdefault(kind, set()).add(pattern)
+            found.setdefault(name.split(".")[-2], []).append(sparsity_of(ckpt[name]))
     linears = {}
-    for kind, found in patterns.items():
+    for kind, layers in found.items():
+        zeros, patterns = zip(*layers, strict=True)
         # each pattern implies those after it, so the loosest holds in all layers
-        pattern = None if None in found else max(found, key=PATTERNS.index)
-        linears[kind] = {"sparsity": zeros[kind] / sizes[kind], "pattern": pattern}
+        pattern = None if None in patterns else max(patterns, key=PATTERNS.index)
+        linears[kind] = {"sparsity": sum(zeros) / len(zeros), "pattern": pattern}
     plain = dataclasses.replace(config, rms_norm_eps=float(f"{config.rms_norm_eps:.4g}"))  # it may have been float32
     family = [name for name, preset in PRESETS.items() if preset == plain]
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in ckpt.shapes.values()})
@@ -821,6 +805,7 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
             raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
         most = high if kind is float else min(high, 2**62)  # more would overflow somewhere
         if not (low <= x <= most and above < x):
+            # where x is too small, a limit that no one has asked for is not named
             bounds = {"at least": low, "more than": above, "at most": most if x > most else high}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if abs(bound) < math.inf)
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
@@ -919,6 +904,19 @@ def end_by_bus_error(number: int) -> None:
     os._exit(2)
 
 
+def first_to_speak() -> bool:
+    """Whether no other process of this torchrun on this machine has spoken: each tries to take one socket name, which
+    the system frees when its process ends."""
+    if world_size() == 1:
+        return True
+    global voice  # so that the socket lives as long as the process
+    voice = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(OSError):
+        voice.bind(f"\0spp-{os.getppid()}")
+        return True
+    return False
+
+
 def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of it") -> None:
     """Runs a file's main function. A UserError becomes one line on stderr and exit status 2, and so does running out of
     memory, where `out_of_memory` says what helps. Under torchrun one process of a machine speaks for all."""
@@ -960,22 +958,9 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
         # Not tidily: torch's threads may abort or hang then, and torchrun would end the others, or wait for ever.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else int(status is not None))
+        os._exit(status or 0)
     if status:
         sys.exit(status)
-
-
-def first_to_speak() -> bool:
-    """Whether no other process of this torchrun on this machine has spoken: each tries to take one socket name, which
-    the system frees when its process ends."""
-    if world_size() == 1:
-        return True
-    global voice  # so that the socket lives as long as the process
-    voice = socket.socket(socket.AF_UNIX)
-    with contextlib.suppress(OSError):
-        voice.bind(f"\0spp-{os.getppid()}")
-        return True
-    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -989,17 +974,6 @@ def parse_size(text: str) -> int:
     if unit not in units or not digits.isdigit() or int(digits) == 0:
         raise UserError(f"--max_shard_size {text}: expected a size such as 500MB or 5GB")
     return int(digits) * units[unit]
-
-
-def complete(model: Llama, tokenizer: Tokenizer, prompt: str, n: int, temperature: float, top_p: float) -> str:
-    """The prompt and up to n tokens that go on from it, as text; see `generate`."""
-    prompt_tokens = tokenizer.encode(prompt)
-    tokens = prompt_tokens if tokenizer.bos is None else [tokenizer.bos, *prompt_tokens]
-    if not tokens:
-        raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
-    model.config.check_length(len(tokens) + n, "--prompt and --max_new_tokens")
-    new = generate(model, tokens, n, temperature, top_p, tokenizer.eos)
-    return tokenizer.decode(prompt_tokens + [token for token in new if token not in tokenizer.eos])
 
 
 def main() -> None:
@@ -1017,7 +991,7 @@ def main() -> None:
     add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt")
     add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time")
     add("--top_p", type=number(float, 0, high=1), default=1.0, help="draw among the likeliest tokens of this total")
-    add("--seed", type=number(int, 0, high=2**62), default=0, help="of drawing")
+    add("--seed", type=number(int, 0), default=0, help="of drawing")
     args = parser.parse_args()
     if not (args.out or args.info or args.prompt is not None):
         raise UserError("nothing to do: give --out, --info or --prompt")
@@ -1047,9 +1021,15 @@ def main() -> None:
         print(f"wrote {args.out}")
     if args.prompt is not None:
         tokenizer = tokenizer_of(ckpt, needed=True)
+        prompt = tokenizer.encode(args.prompt)
+        tokens = prompt if tokenizer.bos is None else [tokenizer.bos, *prompt]
+        if not tokens:
+            raise UserError("--prompt: is empty, and the tokenizer has no token to begin with")
+        config.check_length(len(tokens) + args.max_new_tokens, "--prompt and --max_new_tokens")
         model, _ = load(args.ckpt, dtype)
         torch.manual_seed(args.seed)
-        print(complete(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_p))
+        new = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos)
+        print(tokenizer.decode(prompt + [token for token in new if token not in tokenizer.eos]))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
     """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
     they are. "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
-    text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)  # a parsed one is checked too
+    text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)  # back to text: (2, 4) is checked too
     if "=" in text:
         entries = {}
         for entry in text.split(","):
@@ -104,9 +104,7 @@ def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
     except ValueError:
         pass
     several = "; several entries have names: mlp=0.6,2:4" if "," in text else ""
-    raise UserError(
-        f"--sparsity {text}: expected a share of zeros such as 0.5, or N:M such as 2:4 (2 kept of 4){several}"
-    )
+    raise UserError(f"--sparsity {text}: expected a share of zeros like 0.5, or N:M like 2:4 (2 kept of 4){several}")
 
 
 def format_sparsity(sparsity: Sparsity | ByName) -> str:
@@ -126,9 +124,7 @@ def sparsity_of_linear(sparsity: Pattern, linear: str) -> Sparsity:
     named = [s for name, s in sparsity if name and f".{name}." in f".{linear}."]
     fitting = [s for name, s in sparsity if not name] + named
     if not fitting:
-        raise UserError(
-            f"--sparsity {format_sparsity(sparsity)}: says nothing of {linear}, and has no entry for the rest"
-        )
+        raise UserError(f"--sparsity {format_sparsity(sparsity)}: says nothing of {linear}, nor of the rest")
     return fitting[-1]
 
 
@@ -142,9 +138,10 @@ def check_pattern(sparsity: Pattern, config: LlamaConfig) -> None:
         for name in LINEARS:
             linears[f"layers.{i}.{name}"] = block.get_submodule(name).in_features
     for linear, C in linears.items():
-        match sparsity_of_linear(sparsity, linear):
-            case n, m if C % m:
-                raise UserError(f"--sparsity {n}:{m}: {linear} has {C} columns, no multiple of {m}")
+        pattern = sparsity_of_linear(sparsity, linear)
+        if isinstance(pattern, tuple) and C % pattern[1]:
+            n, m = pattern
+            raise UserError(f"--sparsity {n}:{m}: {linear} has {C} columns, no multiple of {m}")
     if isinstance(sparsity, list):
         for name, _ in sparsity:
             if name and not any(f".{name}." in f".{linear}." for linear in linears):
@@ -156,7 +153,7 @@ class Settings:
     """How to prune. UserError for a method that is none of METHODS, and for a sparsity that is none."""
 
     method: str = "wanda"
-    sparsity: str | Pattern = 0.5  # given as `prune_model` takes it, and then as `parse_sparsity` returns it
+    sparsity: str | Pattern = "0.5"  # as `prune_model` takes it; from then on as `parse_sparsity` returns it
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
@@ -426,7 +423,9 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
     What is 0 stays 0: a group's zeros are the first to go, and where they are more than is asked for all of them do.
     """
     W = W.float().masked_fill(dead, 0)
-    zeros = W == 0  # (R, C); the updates move them too, and are undone, and made up for, when their column's turn comes
+    # (R, C). Updates move these too: when its column's turn comes each is removed again, and what it had become is made
+    # up for by the columns after it.
+    zeros = W == 0
     group = slab  # the columns whose mask is chosen together
     if isinstance(sparsity, tuple):
         group = sparsity[1]
@@ -462,12 +461,10 @@ def cholesky_factor(H: Tensor, name: str, log: Callable[[str], None]) -> Tensor:
     diagonal = H.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always 0: its column goes, whatever the factor says
     mean = diagonal.mean().item()
-    damped = 0  # percent so far
     for percent in (1, 10, 100, 1000):
         if percent > 1:
             log(f"{name}: the Hessian is not positive definite; damping it by {percent}% of its mean diagonal")
-        diagonal.add_((percent - damped) / 100 * mean)
-        damped = percent
+        diagonal.add_((percent - percent // 10) / 100 * mean)  # a tenth of it is there already
         L, info = torch.linalg.cholesky_ex(H.flip(0, 1).T)  # flip turns the lower triangle up, and .T down again
         if info == 0:
             identity = torch.eye(len(H), device=H.device)
@@ -678,11 +675,11 @@ def summary(report: list[dict]) -> dict[str, dict]:
     kinds = {}
     for line in report:
         kinds.setdefault(line["layer"].rpartition(".")[2], []).append(line)
-    result = {}
-    for kind, lines in kinds.items():
-        zeros = sum(line["zeros"] for line in lines) / sum(line["size"] for line in lines)
-        result[kind] = {"sparsity": zeros, "error": sum(line["error"] for line in lines) / len(lines)}
-    return result
+    total = lambda lines, key: sum(line[key] for line in lines)
+    return {
+        kind: {"sparsity": total(lines, "zeros") / total(lines, "size"), "error": total(lines, "error") / len(lines)}
+        for kind, lines in kinds.items()
+    }
 
 
 def parse_args() -> argparse.Namespace:

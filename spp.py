@@ -300,8 +300,8 @@ def compiled(function: Callable) -> Callable:
 
 def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields alpha (r, n) and tensors of m rows by the block of m/r rows that share an alpha, so that what is made of
-    one stays in a CPU's cache. Small blocks go several at a time, up to so many rows: one by one r = m would take a
-    minute."""
+    one stays in a CPU's cache. Small blocks go several at a time, up to `rows` rows: at r = m a block is one row, and
+    one by one a pass would take a minute."""
     r, m = len(alpha), len(of_rows[0])
     views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
     at_once = max(1, rows * r // m)  # blocks of m/r rows
@@ -383,7 +383,7 @@ def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
 # shapes, for the compiler
 spp_product.register_fake(lambda x, W, bits, alpha, beta, *rest: x.new_empty(*x.shape[:-1], len(beta)))
 spp_product_gradients.register_fake(
-    lambda g, needs_dx, x, W, bits, alpha, beta, *rest: [*map(torch.empty_like, [x] * needs_dx + [alpha, beta])]
+    lambda g, needs_dx, x, W, bits, *factors: [torch.empty_like(t) for t in ((x,) if needs_dx else ()) + factors[:2]]
 )
 spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 
@@ -506,12 +506,7 @@ def check_rank(method: str, r: int, shapes: dict[str, tuple[int, int]]) -> None:
 
 
 def inject(
-    model: nn.Module,
-    method: str = "spp",
-    r: int = 16,
-    scale: float = 2.0,
-    targets: tuple[str, ...] = TARGETS,
-    **options,
+    model: nn.Module, method: str = "spp", r: int = 16, scale: float = 2.0, targets: tuple = TARGETS, **options
 ) -> nn.Module:
     """Swaps the linears named in `targets` for learning ones, in place, and freezes the rest. Returns the model.
 
@@ -607,9 +602,10 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     For a model in one piece. Raises UserError where names or shapes are not those of this model.
     """
     learning = {name.removeprefix("model."): p for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(state)
     for name in learning.keys() & state.keys():
         if learning[name].dim() == 2:
-            state = {**state, name: from_survivors(state[name], learning[name].detach(), name)}
+            state[name] = from_survivors(state[name], learning[name].detach(), name)
     wrong = sorted(learning.keys() ^ state.keys())
     wrong += [name for name in learning if name in state and learning[name].shape != state[name].shape]
     if wrong:
@@ -628,13 +624,7 @@ def from_survivors(learned: Tensor, W: Tensor, where: str) -> Tensor:
 
 
 def write_adapter(
-    path: str | Path,
-    state: dict[str, Tensor],
-    base: str,
-    method: str,
-    r: int,
-    scale: float,
-    options: dict | None = None,
+    path: str | Path, state: dict, base: str, method: str, r: int, scale: float, options: dict | None = None
 ) -> None:
     """Writes an adapter file. state: from `adapter_state`. base: the fingerprint of the checkpoint that it belongs to.
     options: the ablations that SPPLinear was made with."""
@@ -725,6 +715,7 @@ def merge_checkpoint(ckpt: Checkpoint, path: str | Path, masked: bool = True, ba
         assert method != "masked" or not new[zeros].any(), f"{name}: a pruned weight came back"
         return new
 
+    # any one of the layers, without its weight, knows its r and scale, or that the method has none
     layer = METHODS[method](as_linear(ckpt.shapes[next(iter(layers))]), r=file["r"], scale=file["scale"], **options)
     step = {**merge_step(method, layer, masked), "base": file["base"], **options}
     return ckpt.changed({name: functools.partial(get, name) for name in layers}, step)

@@ -11,8 +11,8 @@ Two machines of eight, the first reachable as 10.0.0.1 (add NCCL_IB_DISABLE=1 in
 
 The defaults are the paper's, by the model's size (`PAPER`), and the learning rate is that of the method, the width and
 the number of steps (`default_lr`); bench/memory.py says what a run would need. `main` is the whole run, from settings
-to merged.pt; what it calls stands below it. With --resume the same command goes on where a
-run was stopped, and starts from the beginning where nothing was saved yet.
+to merged.pt; what it calls stands below it. With --resume the same command goes on where a run was stopped, and starts
+from the beginning where nothing was saved yet.
 
 What differs from the authors' script. The examples of a global batch are sorted by length and cut into micro-batches
 of equal work, instead of drawn at random and padded to the longest. The gradient is the same, since the loss is the
@@ -29,6 +29,7 @@ weights, in the checkpoint's dtype. A loss that is not finite ends the run befor
 
 import argparse
 import bisect
+import contextlib
 import functools
 import inspect
 import json
@@ -42,7 +43,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -99,8 +100,8 @@ def make_parser() -> Parser:
     add("--rank", type=number(int, 1), default=16, help="rows of alpha (SPP), or the rank of LoRA")
     add("--scale", type=number(float, above=0), default=2.0, help="the paper's s")
     add("--no_beta", action="store_true", help="SPP without beta (Table 4)")
-    zero_init = "what starts at 0 (Table 8); not both: then neither would ever get a gradient"
-    add("--zero_init", default="beta", choices=("beta", "alpha", "none"), help=zero_init)
+    # not both: then neither would ever get a gradient
+    add("--zero_init", default="beta", choices=("beta", "alpha", "none"), help="the factor that starts at 0 (Table 8)")
     add("--no_residual", action="store_true", help="multiply W by the factors in place of adding W~ (Remark 1)")
     add("--matmul", default="fused", choices=("fused", "chunked", "repeat"), help="SPP's form: see spp.py")
     add("--sparsity", help="dynamic: the pattern to keep, such as 2:4")
@@ -109,20 +110,17 @@ def make_parser() -> Parser:
     add("--lr", type=number(float, above=0), help="peak learning rate (default: by method, width and steps)")
     add("--batch_size", type=number(int, 1), help="examples in a step, over all processes (default: the paper's)")
     add("--epochs", type=number(float, above=0, high=1e6), help="passes over the training data (default: the paper's)")
-    micro_batch = "padded tokens in a micro-batch of one process (default: the paper's batch x 512)"
-    add("--max_tokens", type=number(int, 1), help=micro_batch)
+    add("--max_tokens", type=number(int, 1), help="padded tokens in a micro-batch (default: the paper's batch x 512)")
     add("--weight_decay", type=number(float, 0), default=0.001, help="of AdamW")
-    warmup = "share of the steps over which the learning rate rises"
-    add("--warmup", type=number(float, 0, high=1), default=0.03, help=warmup)
+    add("--warmup", type=number(float, 0, high=1), default=0.03, help="share of the steps in which the rate rises")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: none")
     add("--mask_prompt", action="store_true", help="learn the answers alone, not the prompts")
-    add("--seed", type=number(int, 0, high=2**62), default=0, help="of the adapter's start and the order of the data")
+    add("--seed", type=number(int, 0), default=0, help="of the adapter's start and the order of the data")
     # the machine
     add_device(parser)
     dtype = "of frozen weights and of matmuls; auto: float32 for a float32 checkpoint, bfloat16 for any other"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
-    packed = "hold sparse weights as their survivors and a bit mask: less memory, a little slower on a CPU"
-    add("--packed", action="store_true", help=packed)
+    add("--packed", action="store_true", help="hold sparse weights as survivors and bits: less memory, a little slower")
     add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
     add("--activation_checkpointing", action="store_true", help="keep only the blocks' inputs, recompute the rest")
     add("--compile", action="store_true", help="torch.compile each block")
@@ -291,7 +289,7 @@ def main() -> None:
                 dist.barrier()  # nobody leaves, and torchrun ends nobody, before the state is on disk
         if stopping and not done:
             log(f"stopped after step {step + 1} of {plan.steps}; the same command with --resume goes on from there")
-            sys.exit(128 + stop[0] if stop else 1)  # as a shell says it; 1: another process got the signal
+            sys.exit((128 + stop[0]) if stop else 1)  # as a shell says it; 1: another process got the signal
 
     # --- the result. The processes part first, so that none waits, and gives up, while rank 0 merges a 70B.
     if world > 1:
@@ -317,18 +315,15 @@ def check_settings(args: argparse.Namespace) -> None:
         why = "is saved from the live weights" if args.method == "full" else "has masks beside its weights"
         raise UserError(f"--fsdp: does not go with --method {args.method}, which {why}, and needs them whole")
     if args.packed:
-        refused = {
-            "fsdp": args.fsdp and "cuts a weight by rows, and rows have different numbers of survivors",
-            "method": args.method in ("full", "dynamic") and "lets zeros learn",
-            "matmul": args.matmul != "fused" and "keeps the dense weight for the backward pass",
-            "compile": args.compile and args.method != "spp" and "may keep the dense weights of this --method",
-        }
-        for key, why in refused.items():
-            if why:
-                value = getattr(args, key)
-                raise UserError(
-                    f"--packed: does not go with --{key}{'' if value is True else f' {value}'}, which {why}"
-                )
+        refused = (
+            ("--fsdp", args.fsdp, "cuts a weight by rows, and rows have different numbers of survivors"),
+            (f"--method {args.method}", args.method in ("full", "dynamic"), "lets zeros learn"),
+            (f"--matmul {args.matmul}", args.matmul != "fused", "keeps the dense weight for the backward pass"),
+            ("--compile", args.compile and args.method != "spp", "may keep the dense weights of this --method"),
+        )
+        for flag, given, why in refused:
+            if given:
+                raise UserError(f"--packed: does not go with {flag}, which {why}")
     if args.method == "dynamic" and not args.sparsity:
         raise UserError("--method dynamic: needs --sparsity, the pattern to keep")
     check_device(args.device)
@@ -351,12 +346,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def log_start(
-    log: Callable[[str], None],
-    args: argparse.Namespace,
-    ckpt: Checkpoint | None,
-    lr_source: str | None,
-    plan: "Plan",
-    world: int,
+    log: Callable, args: argparse.Namespace, ckpt: Checkpoint | None, lr_source: str | None, plan: "Plan", world: int
 ) -> None:
     """Says how sparse the checkpoint is, where the learning rate comes from, and what may be an oversight."""
     if ckpt is not None:
@@ -428,8 +418,8 @@ def default_lr(method: str, config: LlamaConfig, steps: int) -> tuple[float, str
 
 
 class Examples:
-    """A split of prepared data: `tokens` of all examples end to end, `offsets` (N + 1,), `prompt` lengths (N,), the
-    `lengths` (N,) of what each example computes, and of how many tokens it predicts, `n_targets` (N,).
+    """A split of prepared data: `tokens` of all examples end to end, `offsets` (N + 1,), `prompt` lengths (N,),
+    `lengths` (N,), the positions that each example computes, and `n_targets` (N,), the tokens that it predicts.
 
     UserError where the files do not fit together, and for a token that is none of the vocabulary's.
     """
@@ -443,9 +433,7 @@ class Examples:
                 raise UserError(f"--data {folder}: has no {path.name}; run data/alpaca/prepare.py")
             array = read_npy(path)
             if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise UserError(
-                    f"--data {path}: holds {array.dtype} of shape {array.shape}, expected a row of integers"
-                )
+                raise UserError(f"--data {path}: holds {array.dtype} of shape {array.shape}, expected a row of numbers")
             return array
 
         self.tokens, self.offsets, self.prompt = map(read, self.SUFFIXES)
@@ -595,12 +583,7 @@ def build(args: argparse.Namespace, config: LlamaConfig) -> Llama:
 
 
 def materialise(
-    model: Llama,
-    weights: Mapping[str, Tensor],
-    seed: int,
-    device: str,
-    mesh: DeviceMesh | None = None,
-    packed: bool = False,
+    model: Llama, weights: Mapping, seed: int, device: str, mesh: DeviceMesh | None = None, packed: bool = False
 ) -> None:
     """Fills a meta model: adapters drawn from the seed, everything else from `weights` (name -> tensor). packed: the
     linears with an adapter hold their survivors alone, and the dense model is never in memory.
@@ -682,7 +665,7 @@ def restarted(out_dir: Path) -> bool:
 def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, world: int) -> tuple[str, object]:
     """Locks the folder, and writes config.json for a new run or holds it against this command for a resumed one.
     Returns the run's identity, which its states carry, and the lock."""
-    if not args.out_dir or out_dir.resolve() == Path(args.data).resolve():
+    if not args.out_dir or os.path.realpath(out_dir) == os.path.realpath(args.data):
         raise UserError(f"--out_dir {args.out_dir!r}: name a folder of its own for the run")
     check_out(out_dir / "merged.pt", "--out_dir", [path for path in (args.ckpt, args.tokenizer) if path])
     file = out_dir / "config.json"
@@ -696,12 +679,12 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
             raise UserError(f"--out_dir {out_dir}: holds {name}, and no config.json of a run; name another folder")
     held = lock(out_dir)
     files = [f"{split}{suffix}.npy" for split in ("train", "val") for suffix in Examples.SUFFIXES]
-    hashes = [read_npy(Path(args.data) / name).tobytes() for name in files]
-    config = {"version": VERSION, "settings": vars(args), "steps": steps, "base": base, "data": digest(*hashes)}
+    data = digest(*(read_npy(Path(args.data) / name) for name in files))
+    config = {"version": VERSION, "settings": vars(args), "steps": steps, "base": base, "data": data}
     same = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
-    config["run"] = digest(same, base, config["data"])
+    config["run"] = digest(same, base, data)
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config.update(world_size=world, parent=os.getppid())
+    config.update(world_size=world, parent=os.getppid())  # the parent: see `restarted`
     if not file.exists():  # with --resume too: nothing was saved yet
         write_json(file, config)
         return config["run"], held
@@ -764,12 +747,8 @@ def write_state(out_dir: Path, state: dict) -> None:
 
 def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
     """(step, file) of the states in the folder, the newest first."""
-    found = []
-    for path in out_dir.glob("step-*.pt"):
-        match = re.fullmatch(r"step-(\d+)\.pt", path.name)
-        if match:
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
+    found = [(re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in out_dir.glob("step-*.pt")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:
@@ -825,21 +804,18 @@ def trim_log(file: Path, step: int) -> None:
     kept = ""
     lines = checked_file(file).read_text(errors="replace").splitlines() if file.exists() else []
     for line in lines:
-        try:
+        # a line may be cut off by a kill, or edited by hand
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["step"] <= step:
                 kept += line + "\n"
-        except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a kill, or edited by hand
-            continue
     with atomic(file) as tmp:
         tmp.write_text(kept)
 
 
-def write_line(file: object, line: dict) -> None:
+def write_line(file: TextIO, line: dict) -> None:
     """A line of log.jsonl. What is not finite is null: JSON has no NaN."""
-    for key, x in line.items():
-        if isinstance(x, float) and not math.isfinite(x):
-            line[key] = None
-    file.write(json.dumps(line) + "\n")
+    infinite = {key for key, x in line.items() if isinstance(x, float) and not math.isfinite(x)}
+    file.write(json.dumps({**line, **dict.fromkeys(infinite)}) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -909,13 +885,13 @@ def validation_loss(
     return total.item() / n_targets
 
 
-def pruned_loss(model: Llama, *more: Any) -> float | None:
-    """`validation_loss` at a scale of 0: that of the checkpoint."""
+def pruned_loss(model: Llama, *args: Any) -> float | None:
+    """`validation_loss` of the same arguments, at a scale of 0: that of the checkpoint."""
     layers = [module for module in model.modules() if isinstance(module, SPPLinear)]
     scale = layers[0].scale
     for layer in layers:
         layer.scale = 0.0
-    loss = validation_loss(model, *more)
+    loss = validation_loss(model, *args)
     for layer in layers:
         layer.scale = scale
     return loss

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-VERSION = 2  # of every file that this project writes; raised when a layout changes
+VERSION = 2  # of every .pt and .json that this project writes; raised when a layout changes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the error that speaks to the user; reading and writing files with it
@@ -103,7 +103,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_head(path: str | Path) -> bytes:
-    """The first bytes of a file of arrays or weights. UserError for what is plainly something else, by its name."""
+    """The first bytes of a file of arrays or weights. UserError, which names it, for what is plainly something else."""
     path = checked_file(path)
     with open(path, "rb") as f:
         head = f.read(64)
@@ -303,12 +303,10 @@ def lock_partial(work: Path, others: Iterable[str | Path] = ()) -> TextIO:
     something else: a folder that no command has locked before, or where one of the command's `others`, paths, lies."""
     for path in others:
         real = Path(os.path.realpath(path))
-        if work.resolve() in (real, *real.parents):
+        if Path(os.path.realpath(work)) in (real, *real.parents):  # which takes a link to itself, unlike resolve()
             raise UserError(f"{path}: lies in {work}, where this command keeps its unfinished work")
     if work.is_dir() and any(work.iterdir()) and not (work / ".lock").exists():
-        raise UserError(
-            f"{work}: is in the way, and no interrupted command has left it; move it, or name another --out"
-        )
+        raise UserError(f"{work}: is in the way, and no interrupted command has left it; move it or name another --out")
     return lock(work)
 
 
@@ -542,7 +540,11 @@ def unpack_by_places(values: Tensor, bits: Tensor, n: int) -> Tensor:
     return W.flatten(1)[:, :n]
 
 
-# What travels with a model, besides the tokenizer's main file and the history
+# ----------------------------------------------------------------------------------------------------------------------
+# what travels with a model, besides its weights and its config
+
+
+# beside the tokenizer's main file and the history
 TRAVELS = """generation_config.json tokenizer*.json special_tokens_map.json added_tokens.json chat_template*
     LICEN[SC]E* USE_POLICY* NOTICE*""".split()
 
@@ -555,12 +557,12 @@ def travels(name: str) -> bool:
 def checked_history(history: Any, source: str | Path) -> list[dict]:
     """A history, every step of it a flat dict. UserError otherwise."""
     scalars = (str, int, float, bool, type(None))
-    steps = history if isinstance(history, list) else [None]
+    steps = history if isinstance(history, list) else [None]  # None: is refused below
     for step in steps:
         flat = isinstance(step, dict) and all(isinstance(x, scalars) for pair in step.items() for x in pair)
         if not flat or not isinstance(step.get("method"), str):
             raise UserError(f"{source}: its history is damaged: expected a list of steps, each with its `method`")
-        parse_json(json.dumps(step), source)
+        parse_json(json.dumps(step), source)  # UserError for half of a surrogate pair, which no file takes
     return history
 
 
@@ -695,6 +697,7 @@ def torch_tensors(path: Path, key: str | None = None, remap: int = REMAP) -> Ten
 
 
 def open_pt(path: Path) -> Checkpoint:
+    """Opens a .pt of ours. UserError where it is none, or damaged."""
     data = torch_load(path)
     if isinstance(data, dict) and data and all(isinstance(w, Tensor) for w in data.values()):
         raise UserError(f"{path}: {WEIGHTS_ALONE}")
@@ -728,17 +731,12 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
 
     tensors = {name: found for name, found in stored.items() if name.removesuffix(BITS) not in packed}
     for name, shape in packed.items():
-        values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, f"{name}{BITS}"))
-        match shape:
-            case [int(m), int(n)] if (
-                m > 0 and n > 0 and bits.dtype == torch.uint8 and bits.shape == (m, math.ceil(n / 8))
-            ):
-                meta = torch.empty(m, n, dtype=values.dtype, device="meta")
-            case _:
-                raise UserError(f"{path}: {name} is no packed weight of shape {brief(shape)}: the file is damaged")
-        if values.dim() != 1:
-            raise UserError(f"{path}: {name} has survivors of shape {[*values.shape]}: the file is damaged")
-        tensors[name] = meta, functools.partial(get, name, n)
+        # absent: an empty vector of floats, which no bits are
+        values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, name + BITS))
+        m, n = shape if isinstance(shape, list) and [*map(type, shape)] == [int, int] else (0, 0)
+        if min(m, n) < 1 or values.dim() != 1 or bits.dtype != torch.uint8 or bits.shape != (m, math.ceil(n / 8)):
+            raise UserError(f"{path}: {name} is no packed weight of shape {brief(shape)}: the file is damaged")
+        tensors[name] = torch.empty(m, n, dtype=values.dtype, device="meta"), functools.partial(get, name, n)
     return tensors
 
 
@@ -817,7 +815,7 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
         if n > min(size - 8, 2**24):  # 100 times a 70B model's
             raise damaged(f"{size} bytes with a header of {n}")
         try:
-            header = json.loads(f.read(n), object_pairs_hook=no_duplicates)
+            header = json.loads(f.read(n))
         except (ValueError, RecursionError):
             raise damaged("its header is not JSON") from None
     if not isinstance(header, dict):
@@ -841,14 +839,9 @@ def safetensors_index(path: Path) -> dict[str, tuple[torch.dtype, list[int], int
         if first != expected or end > size:
             raise damaged(f"{name} lies at bytes {first} to {end} of {size}, expected to begin at {expected}")
         expected = end
+    if expected != size:
+        raise damaged(f"its tensors end at byte {expected} of {size}")
     return index
-
-
-def no_duplicates(pairs: list) -> dict:
-    """A JSON object's pairs as a dict; ValueError for a repeated name."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a repeated name")
-    return dict(pairs)
 
 
 def safetensors_tensors(path: Path) -> Tensors:
@@ -964,12 +957,11 @@ def check_shards(path: Path, files: Iterable[str], source: str) -> None:
     """UserError for the first of a directory's shards that is not there; `source` is the file that speaks of it."""
     for file in files:
         if not (path / file).exists():
-            raise UserError(
-                f"{path / file}: cannot be read: is missing, and {source} says that it is a part of the model"
-            )
+            raise UserError(f"{path / file}: cannot be read: is missing, and {source} names it as a part of the model")
 
 
 def write_hf(path: Path, ckpt: Checkpoint, shapes: dict[str, Tensor], max_shard_size: int) -> None:
+    """Writes a Hugging Face directory, in files of up to max_shard_size bytes, or of one tensor that is larger."""
     path.mkdir()
     shards, size = [[]], 0
     for name, w in shapes.items():

@@ -10,11 +10,11 @@ is in the list. With the merges 0: l o, 1: e r, 2: lo w,
 
     l o w e r  ->  lo w e r  ->  lo w er  ->  low er
 
-No text is beyond it, for bytes are tokens themselves. Before that, regular expressions cut the text into words, and no
-merge reaches over a cut: that keeps the work local, and lets a cache answer for most words. tokenizer.json writes each
-byte as one printable character (a space is "Ġ"; see BYTE_CHARS). Meta's tiktoken file lists tokens without merges: any
-two neighbours merge whose union is a token, and the token's id is the rank. A sentencepiece model that came as a
-tokenizer.json alone is read too: merges of characters (CharBPE).
+No text is beyond it, for bytes are tokens themselves. Before any merge, regular expressions cut the text into words,
+and no merge reaches over a cut: that keeps the work local, and lets a cache answer for most words. tokenizer.json
+writes each byte as one printable character (a space is "Ġ"; see BYTE_CHARS). Meta's tiktoken file lists tokens without
+merges: any two neighbours merge whose union is a token, and the token's id is the rank. A sentencepiece model that came
+as a tokenizer.json alone is read too: merges of characters (CharBPE).
 
 Ids are those of sentencepiece, of `tokenizers` 0.23 and of tiktoken 0.14 under every Python (tests/test_tokenizer.py).
 Known differences: transformers 5 drops the first space of a text, which sentencepiece and we keep; Meta's own code cuts
@@ -45,7 +45,8 @@ from tqdm import tqdm
 
 from data.checkpoint import UserError, brief, digest, is_json, open_checkpoint, parse_json, read_bytes
 
-# The files beside the principal one that say which tokens are special; BOS and EOS are what the first of STATES says.
+# The files beside the principal one that say which tokens are special. BOS and EOS are what the first of STATES that
+# states them says; "itself" is the principal file.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIBLINGS += ("generation_config.json", "config.json")
 STATES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "itself")
@@ -79,7 +80,7 @@ def load_tokenizer(source: str | Path | bytes, files: Mapping[str, bytes] | None
 def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -> "SentencePiece | BPE":
     """The tokenizer that the principal file's content asks for; errors call a file by place + its name."""
     where = place + name
-    files = {n: files[n] for n in SIBLINGS if n in files and files[n] != data}
+    files = {n: files[n] for n in SIBLINGS if n in files and files[n] != data}  # not the principal one once more
     settings = {n: parse_json(content, place + n, dict, surrogates=True) for n, content in files.items()}
     try:
         if name.endswith(".json") or is_json(data):
@@ -190,7 +191,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens as they are written; ids without a token leave no trace."""
         text, between, first = "", [], True
-        for id in [*map(int, ids), None]:
+        for id in [*map(int, ids), None]:  # None: the end, where what is left between is decoded
             if id is not None and id not in self.special:
                 between.append(id)
                 continue
@@ -230,7 +231,7 @@ def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int])
             continue
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{where}: added token {text!r} has lstrip, rstrip or single_word, not known here")
-        if type(id) is not int or not 0 <= id < LARGEST_ID or not text or special.get(id, text) != text:
+        if type(id) is not int or not 0 <= id < ID_LIMIT or not text or special.get(id, text) != text:
             raise UserError(f"{where}: ids collide: added token {text!r} has id {id!r}, as has {special.get(id)!r}")
         if i < numbered and text not in vocab and id not in special:  # `tokenizers` numbers these itself
             if id != free:
@@ -242,7 +243,7 @@ def special_tokens(where: str, settings: dict[str, dict], vocab: dict[str, int])
     return special, normalized
 
 
-LARGEST_ID = 2**31  # is none any more: tokens are stored in 32 bits
+ID_LIMIT = 2**31  # ids are below it: tokens are stored in 32 bits
 
 
 def flag(where: str, settings: dict, key: str, default: bool) -> bool:
@@ -335,14 +336,7 @@ class BPE(Tokenizer):
     text into words, each within the words of the one before; `ignore_merges`: a word that is a token is that token,
     whatever merges make of it; `nfc`."""
 
-    def __init__(
-        self,
-        where: str,
-        settings: dict[str, dict],
-        vocab: dict[str, int],
-        ranks: dict[tuple[int, int], int],
-        merged: Sequence[int],
-    ):
+    def __init__(self, where: str, settings: dict, vocab: dict[str, int], ranks: dict, merged: Sequence[int]):
         parsed = settings["tokenizer.json"]
         self.ranks, self.merged = ranks, merged
         self.ignore_merges = flag(where, parsed["model"], "ignore_merges", False)
@@ -503,7 +497,7 @@ def read_merges(where: str, model: dict) -> tuple[dict[str, int], dict[tuple[int
             raise UserError(f"{where}: its model has {key} {model[key]!r}, which is not known here")
     vocab, owners = model["vocab"], {}
     for token, id in vocab.items():
-        if type(id) is not int or not 0 <= id < LARGEST_ID or id in owners:
+        if type(id) is not int or not 0 <= id < ID_LIMIT or id in owners:
             raise UserError(f"{where}: ids collide: {token!r} has id {id!r}, as has {owners.get(id)!r}")
         owners[id] = token
     needed = BYTE_TOKENS if model.get("byte_fallback") else CHAR_BYTES

@@ -547,7 +547,7 @@ def test_sparsity_may_be_given_by_name(random_checkpoint, calib_file, calib, mod
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("mlp=0.6", "says nothing of layers.0.self_attn.q_proj, and has no entry for the rest"),
+        ("mlp=0.6", "says nothing of layers.0.self_attn.q_proj, nor of the rest"),
         ("mpl=0.6,0.5", "--sparsity mpl: is a part of no linear's name, such as layers.0.self_attn.q_proj"),
         ("layers.2=0.6,0.5", "--sparsity layers.2: is a part of no linear's name"),
         ("roj=0.6,0.5", "--sparsity roj: is a part of no linear's name"),
@@ -600,7 +600,7 @@ def test_what_a_link_points_to_is_written_and_the_link_stays(random_checkpoint, 
 @pytest.mark.parametrize("said", [(4, 2), (0, 4), 1.5, 1, True, -0.5, None, [2, 4], math.nan])
 def test_what_a_function_says_of_a_linear_is_checked_as_the_flag_is(model, calib, said):
     before = {name: w.clone() for name, w in targets(model).items()}
-    with pytest.raises(UserError, match="--sparsity .*: expected a share of zeros such as 0.5, or N:M"):
+    with pytest.raises(UserError, match="--sparsity .*: expected a share of zeros like 0.5, or N:M"):
         prune_model(model, calib, "wanda", lambda name: said)
     assert all(w.equal(before[name]) for name, w in targets(model).items())
 
