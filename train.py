@@ -483,10 +483,11 @@ def read_data(
     tokenizer = tokenizer_of(ckpt) if ckpt is not None else None
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-    meta = read_json(data / "meta.json", dict)  # missing: preparing was interrupted
-    check_version(meta.get("version"), data / "meta.json")
-    if tokenizer and meta.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; prepare it again")
+    if tokenizer:
+        meta = read_json(data / "meta.json", dict)
+        check_version(meta.get("version"), data / "meta.json")
+        if meta.get("tokenizer") != tokenizer.fingerprint:
+            raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; prepare it again")
     if not len(train.lengths):
         raise UserError(f"--data {data}: holds no training example")
     if not train.n_targets.any():

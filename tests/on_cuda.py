@@ -97,7 +97,9 @@ class Gpu(TorchDispatchMode):
                 self.copied[line()] += off[0].nbytes
             if to_cpu or not kwargs.get("non_blocking"):
                 self.waits[line()] += 1
-        by_mask = name in ("index", "index_put", "index_put_") and any(x.dtype == torch.bool for x in args[1] if on)
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1] if on
+        )
         if on and (name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2") or by_mask):
             self.waits[line()] += 1
         if on and not op.is_view and name not in ("detach", "empty_like", "new_empty"):
