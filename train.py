@@ -433,7 +433,7 @@ class Examples:
                 raise UserError(f"--data {folder}: has no {path.name}; run data/alpaca/prepare.py")
             array = read_npy(path)
             if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise UserError(f"--data {path}: holds {array.dtype} of shape {array.shape}, expected a row of numbers")
+                raise UserError(f"--data {path}: holds {array.dtype} of shape {array.shape}, expected a row of ints")
             return array
 
         self.tokens, self.offsets, self.prompt = map(read, self.SUFFIXES)
