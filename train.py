@@ -352,15 +352,16 @@ def log_start(
     if ckpt is not None:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
         stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
-        log(f"{args.ckpt}: {100 * zeros:.1f}% zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj{stay}")
+        log(f"{args.ckpt}: {zeros:.1%} zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj, for one{stay}")
         if stay and zeros < 0.01:
             log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
         if ckpt.tokenizer is None:
-            log(f"note: {args.ckpt} has no tokenizer, so nothing tells whether --data fits it; model.py adds one")
+            lacks = "so nothing tells whether --data fits it, and merged.pt will have none"
+            log(f"note: {args.ckpt} has no tokenizer, {lacks}; model.py --tokenizer adds one")
     if lr_source:
         log(f"--lr {args.lr:g}: {lr_source}")
     if plan.steps < 100 and plan.batch_size > world:
-        few = f"note: {plan.steps} steps of {plan.batch_size} examples"
+        few = f"note: {plan.steps} step{'s' * (plan.steps > 1)} of {plan.batch_size} examples"
         log(f"{few}: below about 100, a smaller --batch_size and so more steps make more of the same data")
 
 
@@ -430,7 +431,8 @@ class Examples:
         def read(suffix: str) -> np.ndarray:
             path = Path(folder) / f"{split}{suffix}.npy"
             if not path.exists():
-                raise UserError(f"--data {folder}: has no {path.name}; run data/alpaca/prepare.py")
+                what = f"has no {path.name}" if Path(folder).is_dir() else "is no folder"
+                raise UserError(f"--data {folder}: {what}; run data/alpaca/prepare.py")
             array = read_npy(path)
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise UserError(f"--data {path}: holds {array.dtype} of shape {array.shape}, expected a row of ints")
@@ -834,12 +836,15 @@ def catch_signals() -> list[int]:
 
     Within a second of the first, another is the same one: torchrun sends its own to a group that was sent one.
     """
+    first_rank = int(os.environ.get("RANK", 0)) == 0
     caught, times = [], []
 
     def catch(number: int, frame: FrameType | None) -> None:
         if times and time.monotonic() - times[0] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if not caught and first_rank:  # os.write: a handler may interrupt a print
+            os.write(2, b"\nstopping after this step; once more ends it at once\n")
         caught.append(number)
         times.append(time.monotonic())
 
@@ -877,7 +882,8 @@ def validation_loss(
     if args.method == "full":
         written = rounded(model, ckpt, args)
     total = torch.zeros((), dtype=torch.float64, device=args.device)
-    for indices in split_batch(np.arange(len(val.lengths)), val.lengths, args.max_tokens, world)[rank]:
+    batches = split_batch(np.arange(len(val.lengths)), val.lengths, args.max_tokens, world)[rank]
+    for indices in tqdm(batches, desc="validation", leave=False, disable=None if rank == 0 else True):
         total += written(*val.batch(indices, args.device)).double()
     model.train()
     if world > 1:

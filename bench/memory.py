@@ -217,8 +217,8 @@ def main():
     print(f"memory of each process  ({args.processes} in all, micro-batches of up to {rows} x {T} tokens)")
     needs = estimate(args, model, rows, T)
     for name, size in [*needs.items(), ("together", sum(needs.values()))]:
-        print(f"  {name:<22} {size / 2**30:9.3f} GiB")
-    print("  beside it: Python and PyTorch, about 0.3 GiB on a CPU; the driver's context, about 0.5 GiB, on a GPU")
+        print(f"  {name:<22} {size / 1e9:9.3f} GB")
+    print("  beside it: Python and PyTorch, about 0.3 GB on a CPU; the driver's context, about 0.5 GB, on a GPU")
     if data is None:
         print(f"steps, tokens, padding: no prepared data in {args.data}")
     else:

@@ -143,7 +143,7 @@ def real_table() -> list[str]:
         f"| | {' | '.join(titles)} |",
         "|---|" + "---|" * len(columns),
         *block(f"perplexity of WikiText-2; dense {dense['ppl'][0]:.1f}", perplexity),
-        *block("loss of held-out instructions", loss),
+        *block("loss of held-out instructions, a token, prompts included", loss),
         *block(f"ARC-easy / OpenBookQA / WinoGrande, %; dense {of_tasks}", accuracies),
         *block(
             f"LLaMA 7B in the paper, average of seven tasks, %; dense {paper['2']['rows']['llama-7b/dense'][-1]:.2f}",
@@ -315,7 +315,7 @@ def test_memory_of_each_gpu_is_what_bench_memory_counts(rows):
             flags += ["--fsdp", "--processes", "8"]
         for cell, more in zip(cells, ([], ["--activation_checkpointing"]), strict=True):
             if cell:
-                assert cell == f"{together(needs(*flags, *more)):.1f} GiB", what
+                assert cell == f"{together(needs(*flags, *more)):.1f} GB", what
 
 
 @pytest.mark.parametrize("columns", [slice(2, 3), pytest.param(slice(6), marks=pytest.mark.stress)], ids=str)

@@ -513,7 +513,8 @@ print("here still")
 """
     )
     job = Job(tmp_path / "signals.py")
-    assert job.wait() == [-signal.SIGTERM] and job.text == "2\n"
+    assert job.wait() == [-signal.SIGTERM]
+    assert job.text == "\nstopping after this step; once more ends it at once\n2\n"
 
 
 def test_out_of_memory_says_which_flags_help(tmp_path):
@@ -773,7 +774,7 @@ def test_what_a_state_says_of_rates_and_decay_is_not_looked_at(world, long, tmp_
         (("--method", "full", "--fsdp"), "--fsdp: does not go with --method full"),
         (("--tokenizer", "x"), "goes with --preset"),
         (("--ckpt", "nowhere.pt"), "nowhere.pt: cannot be read: No such file"),
-        (("--data", "nowhere"), "--data nowhere: has no train.npy; run data/alpaca/prepare.py"),
+        (("--data", "nowhere"), "--data nowhere: is no folder; run data/alpaca/prepare.py"),
         (("--rank", 5), "--rank 5: does not divide"),
         (("--rank", 0), "--rank: expected at least 1"),
         (("--max_tokens", 10**20), "--max_tokens: expected at least 1 and at most 4611686018427387904"),
