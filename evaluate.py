@@ -123,9 +123,7 @@ def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str,
         if name in texts:
             raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
         if len(tokens) < seqlen:
-            raise UserError(
-                f"--ppl {path}: {len(tokens)} tokens, fewer than one window; give a --seqlen below {seqlen}"
-            )
+            raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}, try 512")
         texts[name] = tokens
     return texts
 

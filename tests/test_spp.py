@@ -442,7 +442,7 @@ def test_inject_swaps_its_targets_and_nothing_else(pruned):
 def test_the_readmes_new_adapter_trains_and_merges(pruned, tmp_path, monkeypatch):
     """The lines under "Fork it", as they stand in the README, through the steps of train.py."""
     text = (ROOT / "README.md").read_text()
-    code = text.split("below `METHODS` in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
+    code = text.split("after the closing brace of `METHODS` in [`spp.py`](spp.py):\n\n```python\n")[1].split("```")[0]
     monkeypatch.setattr("spp.METHODS", METHODS | {})
     exec(code, names := vars(spp) | {})
     save(pruned, tmp_path / "pruned.pt")
