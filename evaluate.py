@@ -221,9 +221,7 @@ class Part:
     rows: list[Row]
     document: list[int]  # of each row; a page and a text have a row for each window
     n_cut: int = 0  # documents with a choice whose input is longer than the model's positions, and was cut
-    scores: dict[int, list[Score]] = dataclasses.field(
-        default_factory=dict
-    )  # row -> the score of each of its choices, once it is done
+    scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> those of its choices, once done
     key: str = ""  # the digest of all that the scores depend on
 
     def past(self) -> int:

@@ -224,8 +224,8 @@ class SPPLinear(AdapterLinear):
 # ----------------------------------------------------------------------------------------------------------------------
 # three matmuls a step
 #
-# forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight -> form)
-# backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients -> reduce)
+# forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight)
+# backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients)
 #
 # What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time, a GPU in one
 # compiled kernel. The operators at the end of this section do the same for torch.compile, and for packed weights on a

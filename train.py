@@ -844,7 +844,7 @@ def catch_signals() -> list[int]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not caught and first_rank:  # os.write: a handler may interrupt a print
-            os.write(2, b"\nstopping after this step; once more ends it at once\n")
+            os.write(2, b"\nstopping when this step, or the merge, is done; once more ends it at once\n")
         caught.append(number)
         times.append(time.monotonic())
 

@@ -5,6 +5,7 @@
 #   sh runs/smollm2.sh SmolLM2-135M-Instruct        # 84 steps of 4 examples, 200 documents of each task
 #   sh runs/smollm2.sh SmolLM2-135M-Instruct full   # three seeds, a whole epoch, all documents and text
 #   sh runs/smollm2.sh SmolLM2-135M-Instruct search # the learning rates below: two for each method, on one cell
+#   SEEDS="1 2" sh runs/smollm2.sh SmolLM2-135M-Instruct # more seeds of the short form
 #   ALPACA=alpaca.json C4=c4.json.gz TASKS=tasks WIKITEXT=wiki.test.raw sh runs/smollm2.sh SmolLM2-135M-Instruct
 #
 # The first argument is a Hugging Face directory. Without ALPACA and C4 their files are downloaded; tasks are taken from the
@@ -16,7 +17,8 @@
 # about eight hours, the search less than one. The rates come from earlier tries, with another tokenizer, of two or three
 # for each method at Wanda 0.75, LoRA's in 21 steps of 16. The search is of 42 steps of 4, with a seed that no row of the
 # table has; what it found is assets/smollm2_search.txt.
-seeds=0 nsamples=24 seqlen=512 steps=84 interval=84 documents=200 lines=220 size=short # 220 lines: 60,000 characters
+seeds=${SEEDS:-0} nsamples=24 seqlen=512 steps=84 interval=84 documents=200 lines=220 size=short
+# 220 lines: 60,000 characters
 case "$# $2" in
 "1 ") ;;
 "2 full") size=full seeds="0 1 2" nsamples=128 seqlen=2048 steps='' interval=50 documents='' lines='' ;;
