@@ -247,9 +247,12 @@ def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, seeds, steps):
         assert {word for word in line if word.startswith("--")} <= known, line
     tuned = [line for line in ran if line[0] == "train.py"]
     pruned = {f"an out/{pruner}_{pattern}.pt" for pruner in ("wanda", "sparsegpt") for pattern in PATTERNS}
-    cells = collections.Counter()  # (checkpoint, method, rank, rate) -> seeds
+    cells, packed = collections.Counter(), []  # (checkpoint, method, rank, rate) -> seeds
     for line in tuned:
         value = lambda flag, line=line: line[line.index(flag) + 1] if flag in line else None
+        if "--packed" in line:
+            packed.append((value("--ckpt"), value("--method"), value("--seed")))
+            continue
         cells[value("--ckpt"), value("--method"), value("--rank"), value("--lr")] += 1
     expected = {(ckpt, "spp", None, "3e-2") for ckpt in pruned}
     for ckpt in pruned:
@@ -258,6 +261,7 @@ def test_smollm2_makes_every_cell_by_real_commands(smollm2, size, seeds, steps):
         if "0.75" in ckpt:
             expected.add((ckpt, "spp", "64", "4e-2"))
     assert cells == dict.fromkeys(expected, seeds)
+    assert packed == [("an out/wanda_2of4.pt", method, "0") for method in ("spp", "masked")]
     assert len([line for line in ran if line[0] == "evaluate.py"]) == 1 + len(pruned) + len(tuned)
     epochs = {float(line[line.index("--epochs") + 1]) for line in tuned}
     assert [Plan(899, 4, share, 0).steps for share in epochs] == [steps]
