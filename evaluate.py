@@ -6,9 +6,10 @@ The paper reports zero-shot accuracy on seven tasks (Tables 2, 3, 4, 5, 7 and 8)
     python evaluate.py --ckpt merged.pt --tasks samples_arc_easy_*.jsonl --ppl wikitext2_test.txt --out results.json
     torchrun --nproc_per_node=8 evaluate.py --ckpt merged.pt --tasks samples_*.jsonl --out results.json
 
---tasks takes what `lm_eval --model dummy --tasks T --num_fewshot K --log_samples` writes for any multiple-choice task,
-or what data/lm_eval/prepare.py writes without lm-eval: one document on each line, with the context and the continuation
-of each choice. lm-eval's score of a choice is log p(continuation | context), summed over the continuation's tokens:
+--tasks takes what `lm_eval --model dummy --tasks T --num_fewshot K --log_samples --output_path D` writes for any
+multiple-choice task, or what data/lm_eval/prepare.py writes without lm-eval: one document on each line, with the
+context and the continuation of each choice. lm-eval's score of a choice is log p(continuation | context), summed over
+the continuation's tokens:
 
     tokens     trailing white space of the context moves to the continuation;
                c = encode(context), t = encode(context + continuation)[len(c):]
@@ -123,7 +124,8 @@ def read_texts(paths: list[str], tokenizer: Tokenizer, seqlen: int) -> dict[str,
         if name in texts:
             raise UserError(f"--ppl {path}: another file is named {name} too, and the results go by name")
         if len(tokens) < seqlen:
-            raise UserError(f"--ppl {path}: {len(tokens)} tokens, fewer than one window; --seqlen is {seqlen}, try 512")
+            what = f"{len(tokens)} tokens, fewer than one window of --seqlen {seqlen}"
+            raise UserError(f"--ppl {path}: {what}; a smaller one has to be that of all models that are compared")
         texts[name] = tokens
     return texts
 
@@ -701,8 +703,10 @@ def log_samples(path: Path, documents: list[Document], scores: list[list[Score]]
     with atomic(path) as tmp, open(tmp, "w", encoding="utf-8", errors="backslashreplace") as f:
         for document, s in zip(documents, scores, strict=True):
             resps = [str(value) if document.rolling else [str(value), str(hit)] for value, hit in s]
-            metrics = {} if document.rolling else document_metrics(document, s)
-            record = {**document.record, "resps": [[r] for r in resps], "filtered_resps": resps, **metrics}
+            record = {**document.record, "resps": [[r] for r in resps], "filtered_resps": resps}
+            for metric in known_metrics(document)[1]:  # of the model that wrote the file, and not computed here
+                record.pop(metric, None)
+            record.update(document_metrics(document, s))
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -825,7 +829,7 @@ def main() -> None:
     task_parts, text_parts = {}, {}
     for name, documents in tasks.items():
         task_parts[name] = encode_task(documents, tokenizer, args.add_bos, limit, not args.no_sharing)
-        longest = max(row.positions[-1] + 1 for row in task_parts[name].rows)
+        longest = max(max(row.positions) + 1 for row in task_parts[name].rows)
         config.check_window(longest, f"--tasks: a document of {name}")
         if task_parts[name].n_cut and rank == 0:
             which = f"{task_parts[name].n_cut} of {len(documents)} documents of {name}"

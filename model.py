@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import DTYPES, Checkpoint, UserError, brief, cast, check_out, check_stored_dense, checked_history
 from data.checkpoint import llama3_scaling, open_checkpoint, travels, write_checkpoint
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import SIBLINGS, Tokenizer, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
@@ -236,13 +236,13 @@ class Llama(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size).
 
     `history` is the list of what was done to the weights (pruned how, fine-tuned from what); it travels with them, and
-    so do the `special_tokens` of a config.json.
+    so do the `special_tokens` of a config.json, and `files`, name -> bytes: licences and the like.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.history = []
+        self.history, self.files = [], {}
         self.special_tokens = {"bos_token_id": 1, "eos_token_id": 2}  # LLaMA's; `load` has the checkpoint's
         self.activation_checkpointing = False
         # On the meta device nothing is drawn, or torch would import its compiler to draw nothing: a second.
@@ -367,7 +367,7 @@ def generate(
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            logits -= logits.max()  # or a temperature near 0 would make all of them Inf
+            logits = (logits - logits.max()).double()  # or a temperature near 0 would make them Inf, and be 0 itself
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
             p[p.cumsum(0) - p > top_p] = 0  # everything after the token that reaches top_p
             token = int(order[torch.multinomial(p, 1)])
@@ -451,6 +451,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
         check(rope_key, needed, f"one of LLaMA's types, {', '.join(ROPE_SCALING)}")
         numbers = all(is_number(scaling.get(name)) for name in needed)
         check(rope_key, numbers, f"{', '.join(needed)} above 0")
+        ordered = kind != "llama3" or scaling["low_freq_factor"] < scaling["high_freq_factor"]
+        check(rope_key, ordered, "a low_freq_factor below its high_freq_factor")
         values["rope_scaling"] = {name: scaling[name] for name in ("rope_type", *needed)}
     if values.get("model_type") == "mistral":
         values.setdefault("sliding_window", 4096)  # transformers' own where they are absent
@@ -482,7 +484,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
 
     config = LlamaConfig(**given)
     heads, head_dim = config.num_attention_heads, config.head_dim
-    check("head_dim", head_dim > 2 and head_dim % 2 == 0, "an even number above 2")
+    even = head_dim > 2 and head_dim % 2 == 0
+    check("head_dim", even, "an even number above 2, by default hidden_size / num_attention_heads")
     check("num_attention_heads", heads * head_dim < 2**28, "fewer than 2**28 / head_dim")
     check("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of {heads}, the query heads")
     if unknown_length and scaling is not None and scaling["rope_type"] == "dynamic":  # it stretches what is beyond
@@ -495,7 +498,8 @@ def config_from_dict(values: dict, source: str | Path) -> LlamaConfig:
             check(key, values.get(key) is None or values[key] in plain, f"{expected}, as LLaMA's")
     check("no_rope_layers", not values.get("no_rope_layers"), "none, as LLaMA's")
     layer_types = values.get("layer_types") or []
-    check("layer_types", all(kind == "full_attention" for kind in layer_types), "'full_attention' alone, as LLaMA's")
+    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    check("layer_types", full, "a list of 'full_attention' alone, as LLaMA's")
     return config
 
 
@@ -585,6 +589,11 @@ def tokenizer_of(ckpt: Checkpoint, needed: bool = False) -> Tokenizer | None:
     return load_tokenizer(ckpt.tokenizer, {**ckpt.files, "config.json": json.dumps(ckpt.config).encode()})
 
 
+def without_tokenizer(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Of the small files that travel with a model those that are not its tokenizer's: licences and the like."""
+    return {name: data for name, data in files.items() if name not in SIBLINGS}
+
+
 def common_dtype(ckpt: Checkpoint) -> torch.dtype:
     """The weights' dtype. UserError where they have several."""
     dtypes = {w.dtype for w in ckpt.shapes.values()}
@@ -614,7 +623,7 @@ def load(
     ckpt, config = open_llama(path)
     dtype = dtype or common_dtype(ckpt)
     model = from_weights(config, {name: cast(w, dtype, name).to(device) for name, w in ckpt.items()})
-    model.history = ckpt.history
+    model.history, model.files = ckpt.history, without_tokenizer(ckpt.files)
     model.special_tokens = {key: ckpt.config[key] for key in SPECIAL_TOKENS if key in ckpt.config}
     return model, tokenizer_of(ckpt)
 
@@ -684,6 +693,7 @@ def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> 
         del weights["lm_head.weight"]
     tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
     ckpt = Checkpoint(None, {**config_to_dict(model.config), **model.special_tokens}, tensors)
+    ckpt.files = model.files
     if tokenizer is not None:
         give_tokenizer(ckpt, tokenizer)
     ckpt.history = checked_history(model.history, path)
@@ -696,7 +706,8 @@ def give_tokenizer(ckpt: Checkpoint, tokenizer: Tokenizer) -> None:
     ends = [*tokenizer.eos] or [None]
     ckpt.config["eos_token_id"] = ends[0] if len(ends) == 1 else ends  # several are a list, as in transformers
     ckpt.tokenizer = tokenizer.data
-    ckpt.files = {name: data for name, data in tokenizer.files.items() if travels(name)}
+    files = {**without_tokenizer(ckpt.files), **tokenizer.files}
+    ckpt.files = {name: data for name, data in files.items() if travels(name)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -801,7 +812,7 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
 
     def parse(text: str) -> int | float:
         x = kind(text)
-        if not math.isfinite(x):
+        if kind is float and not math.isfinite(x):
             raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
         most = high if kind is float else min(high, 2**62)  # more would overflow somewhere
         if not (low <= x <= most and above < x):

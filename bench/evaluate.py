@@ -16,6 +16,7 @@ choice's log-likelihood here and there.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from bench.prune import noise  # noqa: E402
+from bench.prune import noise, peak_memory  # noqa: E402
 from data.checkpoint import UserError, write_checkpoint  # noqa: E402
 from data.lm_eval.samples import Document, read_task  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
@@ -111,17 +112,15 @@ def memory(n_blocks: int, tokenizer: Path, tasks: list[Path], limit: int) -> tup
         files = []
         for path in tasks:
             files.append(folder / path.name)
-            files[-1].write_text("".join(path.read_text().splitlines(keepends=True)[:limit]))
+            with open(path, newline="\n") as lines:  # no other character ends one
+                files[-1].write_text("".join(itertools.islice(lines, limit)))
         command = [sys.executable, ROOT / "evaluate.py", "--ckpt", folder / "model", "--tasks", *files]
         command += ["--device", "cpu", "--out", folder / "r.json"]
-        child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        if status != 0:
-            raise UserError("evaluate.py failed")
+        peak = peak_memory(command)
         results = json.loads((folder / "r.json").read_text())["results"]
     with torch.device("meta"):
         block = 2 * sum(w.numel() for w in Block(config).parameters())
-    return usage.ru_maxrss * 1024, block, sum(result["tokens"] for result in results.values())
+    return peak, block, sum(result["tokens"] for result in results.values())
 
 
 def main():
@@ -137,6 +136,8 @@ def main():
     parser.add_argument("--repeats", type=number(int, 1), default=2)
     parser.add_argument("--memory", type=number(int, 1), nargs="+", metavar="BLOCKS", help="peak memory in its place")
     args = parser.parse_args()
+    if args.memory and not args.tokenizer:
+        raise UserError("--memory: takes a --tokenizer, its model is random")
     if args.memory:
         print("| blocks | peak resident memory | one block | tokens |\n|---|---|---|---|")
         for n in args.memory:

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune  # noqa: E402
-from data.checkpoint import Checkpoint, write_checkpoint  # noqa: E402
+from data.checkpoint import Checkpoint, UserError, write_checkpoint  # noqa: E402
 from model import (  # noqa: E402
     PRESETS,
     Block,
@@ -85,6 +85,15 @@ def noise(config: LlamaConfig) -> Checkpoint:
     return Checkpoint(None, config_to_dict(config), {name: (w, functools.partial(get, w)) for name, w in meta.items()})
 
 
+def peak_memory(command: list) -> int:
+    """Bytes of resident memory that a command, which has to succeed, has at most."""
+    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status != 0:
+        raise UserError(f"{Path(command[1]).name} failed")
+    return usage.ru_maxrss * 1024
+
+
 def memory(n_blocks: int, method: str) -> None:
     """Peak resident memory of prune.py on n blocks of LLaMA-2 70B's shapes (random bfloat16), 4 x 128 tokens."""
     config = dataclasses.replace(PRESETS["llama-2-70b"], num_hidden_layers=n_blocks, vocab_size=1000)
@@ -95,14 +104,12 @@ def memory(n_blocks: int, method: str) -> None:
         command = [sys.executable, prune.__file__, "--ckpt", folder / "dense", "--calib", folder / "calib.npy"]
         command += ["--method", method, "--device", "cpu", "--out", folder / "pruned"]
         start = time.perf_counter()
-        child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        assert status == 0, "prune.py failed"
+        peak = peak_memory(command)
         seconds = time.perf_counter() - start
         zeros = json.loads((folder / "pruned" / "prune.json").read_text())["kinds"]["down_proj"]["sparsity"]
     with torch.device("meta"):
         block = 2 * sum(w.numel() for w in Block(config).parameters())  # bytes
-    sizes = f"{usage.ru_maxrss * 1024 / 1e9:.2f} GB | {block / 1e9:.2f} GB"
+    sizes = f"{peak / 1e9:.2f} GB | {block / 1e9:.2f} GB"
     print(f"| {method} | {n_blocks} | {sizes} | {seconds:.0f} s | {100 * zeros:.0f}% |", flush=True)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
 from spp import AdapterLinear, inject  # noqa: E402
 
@@ -127,7 +128,7 @@ def work(args: argparse.Namespace, form: str, pipe: Connection) -> None:
         for seconds in steps(args, form):
             pipe.send((seconds, peak_memory(args.device)))
             pipe.recv()
-    except (torch.OutOfMemoryError, ImportError) as e:
+    except (torch.OutOfMemoryError, ImportError, UserError) as e:
         pipe.send(str(e).splitlines()[0][:80])
     except EOFError:  # nobody asks any more
         return
@@ -175,12 +176,15 @@ def main():
     together = [args.forms] if args.device == "cpu" else [[form] for form in args.forms]  # a GPU holds one model
     for forms in together:
         alternate(args, forms, seconds, peaks)
-    print(f"| form | tokens/s | / {args.forms[0]} | peak memory, GiB |\n|---|---|---|---|")
+    if not seconds:
+        raise UserError("none of --forms could run")
+    first = next(iter(seconds))
+    print(f"| form | tokens/s | / {first} | peak memory, GB |\n|---|---|---|---|")
     for form in seconds:
         speed = args.batch * args.length / statistics.median(seconds[form])
-        pairs = zip(seconds[args.forms[0]], seconds[form], strict=True)
-        ratio = statistics.median(first / own for first, own in pairs)
-        print(f"| {form} | {speed:,.0f} | {ratio:.2f} | {peaks[form] / 2**30:.2f} |", flush=True)
+        pairs = zip(seconds[first], seconds[form], strict=True)
+        ratio = statistics.median(its / own for its, own in pairs)
+        print(f"| {form} | {speed:,.0f} | {ratio:.2f} | {peaks[form] / 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ dense 65B are exchanged), and takes a file for the model that its folder and nam
 
 import functools
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,7 +37,7 @@ from data.checkpoint import VERSION, UserError, check_version, read_json  # noqa
 from evaluate import SEVEN  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
-AGGREGATES = ("average of seven", "mmlu", "mmlu, mean of subjects")  # what stands among the results and is no task
+MEANS = re.compile(r"average of seven|mmlu(, | \(|$)")  # what stands among the results and is no task
 NAMES = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
@@ -87,11 +89,20 @@ def record_of(path: str | Path, result: dict) -> dict:
     if not {"results", "history", "add_bos"} <= result.keys():
         raise UserError(f"{path}: is not a results file of evaluate.py")
     check_version(result.get("version"), path)
+    try:
+        return fields(result)
+    except (AttributeError, KeyError, TypeError, ValueError):  # edited by hand
+        what = "is not as evaluate.py wrote it, or the log beside its checkpoint not as train.py did"
+        raise UserError(f"{path}: {what}") from None
+
+
+def fields(result: dict) -> dict:
     method, sparsity = describe(result["history"])
     record = {"method": method, "sparsity": sparsity, "zeros": result["sparsity"], "add_bos": result["add_bos"]}
-    tasks = {task: r for task, r in result["results"].items() if task not in AGGREGATES and "subjects)" not in task}
-    record["acc"] = {task: scores["acc"] for task, scores in tasks.items() if "acc" in scores}
-    record["ppl"] = next((text["ppl"] for text in result["perplexity"].values()), None)
+    record["acc"] = {task: r["acc"] for task, r in result["results"].items() if "acc" in r and not MEANS.match(task)}
+    record["ppl"], record["text"] = None, None
+    for name, text in [*result["perplexity"].items()][:1]:
+        record["ppl"], record["text"] = text["ppl"], f"{name} in windows of {text['seqlen']}"
     log = Path(result["ckpt"]).parent / "log.jsonl"
     if "+" in method and log.exists():
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -109,13 +120,12 @@ def read(paths: Iterable[str | Path]) -> list[dict]:
             check_version(content.get("version"), path)
             records += content["records"]
         else:
-            try:
-                records.append(record_of(path, content))
-            except (AttributeError, KeyError, TypeError, ValueError):  # edited by hand
-                what = "is not as evaluate.py wrote it, or the log beside its checkpoint not as train.py did"
-                raise UserError(f"{path}: {what}") from None
+            records.append(record_of(path, content))
     if len({r["add_bos"] for r in records if "add_bos" in r}) > 1:
         raise UserError("some results were scored with --add_bos and some without: they cannot stand in one table")
+    texts = {r["text"] for r in records if r.get("text")}  # of older files' texts nothing is known
+    if len(texts) > 1:
+        raise UserError(f"perplexities of {' and of '.join(sorted(texts))} cannot stand in one table")
     if not records or any(r["acc"].keys() != records[0]["acc"].keys() for r in records):
         raise UserError("the results are of different tasks, or of none: they cannot stand in one table")
     return sorted(records, key=order)
@@ -191,7 +201,7 @@ def bars(rows: list[dict], width: int = 50) -> str:
 
 def figures(path: Path) -> dict[str, float]:
     """One model's figures by the names of the paper's columns, accuracies in %."""
-    result = read_json(path)
+    result = read_json(path, dict)
     record = record_of(path, result)
     values = {task: 100 * acc for task, acc in record["acc"].items()}
     values["ppl"] = record["ppl"]
@@ -236,7 +246,7 @@ def recovered(rows: list[dict], perplexity: bool = False) -> "Figure":
     values = lambda row: row["ppl"] if perplexity else row["columns"]["average"]
     sparse = [row for row in rows if row["sparsity"] != "dense"]
     if not sparse:
-        raise UserError("--recovered: there is no pruned model among the results")
+        raise UserError(f"--{'perplexity' if perplexity else 'recovered'}: there is no pruned model among the results")
     sparsities = list(dict.fromkeys(row["sparsity"] for row in sparse))
     pruners = sorted({row["pruner"] for row in sparse}, reverse=True)  # Wanda first
     note = "dashed: the dense model; lines: ± standard deviation, where there are several seeds"
@@ -253,7 +263,7 @@ def recovered(rows: list[dict], perplexity: bool = False) -> "Figure":
             group = [row for row in sparse if row["pruner"] == pruner and row["sparsity"] == sparsity]
             left = x - 0.07 * (len(group) - 1)
             for i, row in enumerate(group):
-                seeds, colour = values(row), COLOURS.get(row["tuned"], "silver")
+                seeds, colour = values(row) or [math.nan], COLOURS.get(row["tuned"], "silver")
                 error = np.std(seeds, ddof=1) if len(seeds) > 1 else None
                 ax.bar(left + 0.14 * i, np.mean(seeds), 0.13, yerr=error, color=colour, ecolor="dimgray")
         for row in rows:
@@ -278,6 +288,8 @@ def losses(records: list[dict]) -> "Figure":
     figure, axes = panels(len(curves), methods, "LoRA*: before the mask is applied again")
     for ax, (sparsity, by_method) in zip(axes, curves.items(), strict=True):
         for tuned, seeds in by_method.items():
+            if any([step for step, _ in seed] != [step for step, _ in seeds[0]] for seed in seeds):
+                raise UserError(f"--losses: the seeds of {tuned} at {sparsity} were validated after different steps")
             steps, loss = np.mean(seeds, axis=0).T
             ax.plot(steps[1:], loss[1:], color=COLOURS.get(tuned, "silver"))
         ax.set_title(f"Wanda {sparsity}: validation loss (pruned: {loss[0]:.2f})")

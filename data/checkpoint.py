@@ -732,8 +732,9 @@ def unpacked_tensors(path: Path, stored: Tensors, packed: dict) -> Tensors:
     tensors = {name: found for name, found in stored.items() if name.removesuffix(BITS) not in packed}
     for name, shape in packed.items():
         # absent: an empty vector of floats, which no bits are
-        values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, name + BITS))
-        m, n = shape if isinstance(shape, list) and [*map(type, shape)] == [int, int] else (0, 0)
+        values, bits = (stored.get(key, (torch.empty(0),))[0] for key in (name, f"{name}{BITS}"))
+        listed = isinstance(name, str) and isinstance(shape, list) and [*map(type, shape)] == [int, int]
+        m, n = shape if listed else (0, 0)
         if min(m, n) < 1 or values.dim() != 1 or bits.dtype != torch.uint8 or bits.shape != (m, math.ceil(n / 8)):
             raise UserError(f"{path}: {name} is no packed weight of shape {brief(shape)}: the file is damaged")
         tensors[name] = torch.empty(m, n, dtype=values.dtype, device="meta"), functools.partial(get, name, n)

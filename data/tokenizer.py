@@ -45,10 +45,10 @@ from tqdm import tqdm
 
 from data.checkpoint import UserError, brief, digest, is_json, open_checkpoint, parse_json, read_bytes
 
-# The files beside the principal one that say which tokens are special. BOS and EOS are what the first of STATES that
-# states them says; "itself" is the principal file.
+# The files beside the principal one: those that say which tokens are special, and what is not read here. BOS and EOS
+# are what the first of STATES that states them says; "itself" is the principal file.
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SIBLINGS += ("generation_config.json", "config.json")
+SIBLINGS += ("generation_config.json", "config.json", "chat_template.jinja", "chat_template.json")
 STATES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "itself")
 
 
@@ -81,7 +81,8 @@ def from_bytes(place: str, name: str, data: bytes, files: Mapping[str, bytes]) -
     """The tokenizer that the principal file's content asks for; errors call a file by place + its name."""
     where = place + name
     files = {n: files[n] for n in SIBLINGS if n in files and files[n] != data}  # not the principal one once more
-    settings = {n: parse_json(content, place + n, dict, surrogates=True) for n, content in files.items()}
+    read = [n for n in files if not n.startswith("chat_template")]
+    settings = {n: parse_json(files[n], place + n, dict, surrogates=True) for n in read}
     try:
         if name.endswith(".json") or is_json(data):
             parsed = settings["tokenizer.json"] = parse_json(data, where, dict)
@@ -452,10 +453,12 @@ class CharBPE(BPE):
         if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and self.prepend == "always":
             # of which transformers takes no more than the vocabulary and the merges from tokenizer.json
             self.prepend, self.twice = "always" if config.get("legacy") is True else "first", False
+            self.ignore_merges = False
         if self.twice and any(token.get("normalized") for token in parsed.get("added_tokens") or []):
             raise UserError(f"{where}: has an added token that is normalized, which is not known here")
-        # Where no token has a space after another character, no merge reaches over a cut there, and the cache can work.
-        within = any(re.search("[^▁]▁", self.texts[id]) for id in self.merged)
+        # Where no token has a space after another character, no merge reaches over a cut there, and the cache can work;
+        # but what is one token without merges is a whole text.
+        within = self.ignore_merges or any(re.search("[^▁]▁", self.texts[id]) for id in self.merged)
         pattern = "(▁[^▁]*)" if split else "(?!)" if within else "(▁+[^▁]*)"
         self.cuts = [re.compile(pattern)]
 
@@ -574,7 +577,6 @@ def llama3_settings(n: int) -> dict[str, dict]:
     tokenizer_json = {
         "model": {"ignore_merges": True},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin_of_text|>"}}]},
         "added_tokens": [{"id": n + i, "content": f"<|{name}|>"} for i, name in enumerate(names)],
     }
     ends = [n + names.index(name) for name in ("end_of_text", "eom_id", "eot_id")]

@@ -58,13 +58,13 @@ there() { [ -e "$1" ] && echo "using $1, which is there already"; }
 
 # prepare MODEL: instructions, calibration and tasks, once: all LLaMAs have the same tokenizer
 prepare() {
-    there data/alpaca/train.npy || run "$PYTHON" data/alpaca/prepare.py --tokenizer "$LLAMAS/$1" --out data/alpaca
+    there data/alpaca/meta.json || run "$PYTHON" data/alpaca/prepare.py --tokenizer "$LLAMAS/$1" --out data/alpaca
     there data/c4/calib.npy ||
         run "$PYTHON" data/c4/prepare.py --tokenizer "$LLAMAS/$1" --nsamples 128 --seqlen 2048 --out data/c4/calib.npy
     for task in $SEVEN; do
         there "$TASKS/samples_$task.jsonl" || run "$PYTHON" data/lm_eval/prepare.py --task "$task" --out "$TASKS"
     done
-    [ ! "$MMLU" ] || there "$TASKS/samples_mmlu_anatomy.jsonl" ||
+    [ ! "$MMLU" ] || there "$TASKS/samples_mmlu_world_religions.jsonl" || # the last of the subjects
         run "$PYTHON" data/lm_eval/prepare.py --task mmlu --out "$TASKS"
 }
 

@@ -86,7 +86,7 @@ there "$OUT/alpaca/meta.json" ||
 epochs=1
 if [ "$steps" ]; then # as a share of the examples that there are
     examples=$(sed -n 's/.*"train": \([0-9]*\).*/\1/p' "$OUT/alpaca/meta.json")
-    epochs=$(awk "BEGIN { print 4 * $steps / $examples }")
+    epochs=$(awk "BEGIN { print $steps / int(($examples + 3) / 4) }")
 fi
 
 if [ "$mode" = search ]; then

@@ -28,8 +28,9 @@ from data import checkpoint
 from data.checkpoint import HF_NAMES, VERSION, Checkpoint, UserError, atomic, check_out, hf_to_meta, identity, lock
 from data.checkpoint import map_tensor, meta_to_hf, open_checkpoint, read_npy, rename, safetensors_index
 from data.checkpoint import write_checkpoint, write_json, write_safetensors
-from data.tokenizer import load_tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_dict, config_to_dict, load, open_llama, save, tokenizer_of
+from data.tokenizer import SIBLINGS, load_tokenizer
+from model import PRESETS, Llama, LlamaConfig, config_from_dict, config_to_dict, give_tokenizer, load, open_llama, save
+from model import tokenizer_of
 from prune import Settings, prune_checkpoint
 from spp import adapter_state, inject, merge_checkpoint, write_adapter
 
@@ -77,6 +78,27 @@ def test_what_lies_beside_the_weights_travels(directory, tmp_path, through):
     config = AutoConfig.from_pretrained(tmp_path / "b")
     kept = (1, 2, None) if through == "meta" else (5, [6, 7], 0)  # it has no place for them: transformers' own
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == kept
+
+
+def test_loading_and_saving_keep_what_lies_beside_and_a_tokenizer_replaces_its_own_files_alone(directory, tmp_path):
+    for name, data in BESIDE.items():
+        (directory / name).write_bytes(data)
+    model, tokenizer = load(directory)
+    save(model, tmp_path / "a", tokenizer)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(directory / "tokenizer.model", other)
+    (other / "chat_template.jinja").write_bytes(b"another's")
+    give_tokenizer(ckpt := open_llama(tmp_path / "a")[0], load_tokenizer(other))
+    write_checkpoint(ckpt, tmp_path / "b")
+    of_tokenizer = {*SIBLINGS} - {"chat_template.jinja"}
+    for name, data in BESIDE.items():
+        a, b = tmp_path / "a" / name, tmp_path / "b" / name
+        assert not a.exists() if b"behind" in data else a.read_bytes() == data, name
+        if name == "chat_template.jinja":
+            assert b.read_bytes() == b"another's"
+        else:
+            assert b.exists() == (a.exists() and name not in of_tokenizer), name
 
 
 def test_pruning_and_merging_keep_what_lies_beside(directory, tmp_path):
@@ -1097,6 +1119,15 @@ def test_a_link_is_written_through_and_stays(tmp_path):
 def test_a_name_that_is_too_long_to_be_written_is_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match="cannot be written: File name too long"):
         check_out(tmp_path / f"{240 * 'n'}.pt")
+
+
+@pytest.mark.parametrize("name", (1, NORM, None))
+def test_a_packed_weight_that_is_none_is_refused(model, tmp_path, name):
+    save(model, tmp_path / "model.pt")
+    data = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.save({**data, "packed": {name: [2, 2]}}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"{name} is no packed weight of shape"):
+        open_checkpoint(tmp_path / "model.pt")
 
 
 def test_quantized_weights_are_named_before_their_dtypes(directory):

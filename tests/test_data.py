@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import http.client
 import io
 import json
 import resource
@@ -447,8 +448,10 @@ def test_a_tokenizer_without_a_token_that_is_needed_is_refused(tmp_path, monkeyp
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, lossless):
+    error = OSError("no network")
+
     def urlopen(*_, **__):
-        raise OSError("no network")
+        raise error
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     hint = "fetch it elsewhere and give it as --json"
@@ -463,7 +466,19 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, lossless):
     argv = ("--task", "mmlu", "--json", tmp_path / "mmlu.jsonl", "--out", tmp_path / "tasks")
     assert "as --shots FILE" in refusal(lm_eval, monkeypatch, *argv)
     (tmp_path / "mmlu.jsonl").unlink()
+    error = http.client.IncompleteRead(b"", 5)  # the connection was cut
+    for script in (alpaca, c4):
+        assert hint in refusal(script, monkeypatch, "--tokenizer", lossless, "--out", tmp_path / "out.npy")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "page", [b"{}", b"[]", b"5", b'{"num_rows_total": 5, "rows": []}', b'{"num_rows_total": 5, "rows": [{"x": 1}]}']
+)
+def test_a_page_without_rows_is_no_download(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(page))
+    line = refusal(lm_eval, monkeypatch, "--task", "boolq", "--out", tmp_path)
+    assert "(boolq, validation) cannot be downloaded (" in line and "as --json FILE" in line
 
 
 def test_shots_are_for_mmlu_alone(tmp_path, monkeypatch):
@@ -811,6 +826,17 @@ def test_a_template_that_reaches_too_far_is_stopped(monkeypatch, template, error
         render({"q": "a" * 40 + "b", "d": {}})
     assert time.monotonic() - start < 5
     assert resource.getrlimit(resource.RLIMIT_AS) == limits and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_template_is_rendered_under_a_hard_limit_of_memory_too():
+    """Of a cluster's `ulimit -v`, say, which cannot be raised again: hence a process of its own."""
+    code = (
+        "import resource; from data.lm_eval import prepare\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
+        "print(prepare.bounded(lambda doc: doc['q'], {'q': 'ok'}, nbytes=2**40))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

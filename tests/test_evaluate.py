@@ -434,6 +434,7 @@ def test_an_acc_that_lm_eval_computed_otherwise_is_refused():
     """Whatever the task is: the scores that it logged do not give the acc that it logged by the rules known here."""
     logged = {"filtered_resps": [["-1.0", "False"], ["-2.0", "False"]]}
     assert read([record(0, "q", ["a", "b"], "0", acc=1.0, **logged)])
+    assert read([record(0, "q", ["a", "b"], "0", acc=1.0, filtered_resps=[[10**400, "False"], ["-2.0", "False"]])])
     with pytest.raises(UserError, match="acc 0.73 is logged, and its logged scores give 1"):
         read([record(0, "q", ["a", "b"], "0", acc=0.73, **logged)])
 
@@ -869,17 +870,27 @@ def test_a_second_command_with_the_same_out_at_the_same_time_is_refused(random_c
 
 def test_old_array_files_are_read(tmp_path):
     old = [{"doc_id": 0, "doc": {}, "target": 1, "arguments": [["q", " a"], ["q", " b"]], "resps": [], "acc": 1.0}]
-    (tmp_path / "samples_old.json").write_text(json.dumps(old))
+    (tmp_path / "samples_old.json").write_text("\n " + json.dumps(old))
     name, documents = read_task(tmp_path / "samples_old.json")
     assert name == "old" and documents[0].gold == {1} and documents[0].choices == ["a", "b"]
 
 
 def test_logged_samples_hold_what_the_document_held(tmp_path):
-    d = document(["a", "b"], "0", doc={"note": "half of a pair: \ud83d, and ä"})
+    dummys = {"metrics": ["acc", "f1"], "f1": [1, 0]}  # of the model that lm-eval wrote the file with
+    d = document(["a", "b"], "0", doc={"note": "half of a pair: \ud83d, and ä"}, **dummys)
     evaluate.log_samples(tmp_path / "samples_x.jsonl", [d], [[(-1.0, True), (-2.0, False)]])
     _, [again] = read_task(tmp_path / "samples_x.jsonl")
     assert again.record["doc"] == d.record["doc"] and again.pairs == d.pairs and again.record["acc"] == 1.0
-    assert again.record["filtered_resps"] == [["-1.0", "True"], ["-2.0", "False"]]
+    assert again.record["filtered_resps"] == [["-1.0", "True"], ["-2.0", "False"]] and "f1" not in again.record
+
+
+def test_a_logged_page_has_its_own_log_likelihood_and_counts(tmp_path):
+    page = with_arguments([["one two"]], doc={"page": "one  two"}, target="", word_perplexity=[-0.5, 2])
+    _, documents = read_task(write(tmp_path / "samples_w.jsonl", [page]))
+    evaluate.log_samples(tmp_path / "samples_v.jsonl", documents, [[(-3.0, False)]])
+    [again] = read_task(tmp_path / "samples_v.jsonl")[1]
+    counts = {"word_perplexity": 2, "byte_perplexity": 8, "bits_per_byte": 8}
+    assert {metric: again.record[metric] for metric in counts} == {metric: [-3.0, n] for metric, n in counts.items()}
 
 
 def test_a_document_logged_for_two_filters_counts_once(tmp_path):
@@ -909,6 +920,7 @@ def with_arguments(arguments, **more) -> dict:
         ([with_arguments([["q", "a"], ["q", "\ud800"]])], "not a text"),
         ([with_arguments([["text"]], doc={"page": 7})], "`page`"),
         ([with_arguments([[""]])], "holds no text"),
+        ([with_arguments([[""]], doc={"page": " \n"})], "holds no text"),  # of which nothing is left to score
         ([AB, record(1, "q", ["a", "b"], doc={"other": 1})], "line 2 is of another task"),
         ([AB, with_arguments([["text"]], doc_id=1)], "line 2 is of another task"),
         ([AB, AB | {"doc": {"q": "other"}}], "line 2 has the doc_id 0 of another line: two files"),
@@ -1003,7 +1015,7 @@ def folder(random_checkpoint, tmp_path, monkeypatch):
         ("--ppl blob.txt", "blob.txt: is not UTF-8"),
         ("--ppl empty.txt", "--ppl empty.txt: 1 tokens, fewer than one window"),
         ("--ppl a/text.txt b/text.txt", "another file is named text too"),
-        ("--ppl a/text.txt --seqlen 1000000", "fewer than one window; --seqlen is 1000000"),
+        ("--ppl a/text.txt --seqlen 1000000", "fewer than one window of --seqlen 1000000"),
         ("--ppl a/text.txt --seqlen 1", "--seqlen: expected at least 2, found 1"),
         ("--ppl a/text.txt --seqlen ten", "--seqlen"),
         ("--tasks samples_t.jsonl --max_tokens 0", "--max_tokens: expected at least 1, found 0"),
@@ -1042,6 +1054,8 @@ def test_a_page_is_wikitexts_and_its_words_are_those_that_were_logged(tmp_path):
     write(tmp_path / "samples_w.jsonl", [{**page, "word_perplexity": [-9.0, 4]}])
     with pytest.raises(UserError, match="word_perplexity was logged over 4, and its text has 3"):
         read_task(tmp_path / "samples_w.jsonl")
+    write(tmp_path / "samples_w.jsonl", [{**page, "filtered_resps": [["-3.5", "False"]]}])  # in a choice's shape
+    assert read_task(tmp_path / "samples_w.jsonl")[1][0].rolling
 
 
 def test_contexts_that_do_not_fit_the_model_are_counted_and_bos_is_said_of_contexts_alone(

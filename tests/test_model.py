@@ -523,6 +523,8 @@ HARMS = {  # what is said of config.json after it was changed so
     "partial_rotary_factor is 0.5": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "expected factor above 0": {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
     "expected factor, low_freq_factor, high_freq_factor": {"rope_scaling": BIG},
+    "expected a low_freq_factor below its high_freq_factor": {"rope_scaling": BIG | {"high_freq_factor": 1.0}},
+    "layer_types is 5, expected a list": {"layer_types": 5},
     "rope_theta is 'x', expected a number above 0": {"rope_theta": "x"},
     "3 layers.*is missing|layers.2.*is missing": {"num_hidden_layers": 3},
     "not a LLaMA's": {"num_hidden_layers": 1},
@@ -585,7 +587,8 @@ def test_a_model_without_a_tokenizer_is_given_one(model, tokenizer_file, tmp_pat
 
 def test_a_temperature_near_0_is_greedy(model):
     tokens = [3, 5, 8]
-    assert [*generate(model, tokens, 9, temperature=1e-42)] == [*generate(model, tokens, 9)]
+    for temperature in (1e-42, 5e-324):  # the latter is 0 in float32
+        assert [*generate(model, tokens, 9, temperature=temperature)] == [*generate(model, tokens, 9)]
 
 
 def test_a_prompt_goes_on_as_its_flags_say(random_checkpoint, monkeypatch, capsys):
@@ -669,6 +672,7 @@ def no_bos(tokenizer_file):
         (["--info", "--layout", "meta"], "--layout meta: needs --out"),
         (["--out", "OUT", "--json"], "--json: is for --info"),
         (["--prompt", "x", "--max_new_tokens", "-1"], "--max_new_tokens: expected at least 0, found -1"),
+        (["--prompt", "x", "--max_new_tokens", "1" + "0" * 400], "--max_new_tokens: expected at least 0 and at most"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature: expected a finite number, found nan"),
         (["--prompt", "x", "--top_p", "1.5"], "--top_p: expected at least 0 and at most 1, found 1.5"),
         (["--out", "FILE"], "is a file; a name without .pt is a directory"),

@@ -41,7 +41,7 @@ def test_what_two_of_the_papers_tables_share_is_equal():
 
 
 def result(
-    folder: Path, name: str, acc: float, *methods: str, ppl: float = 5.0, tasks=("sums", "pets"), add_bos=True
+    folder: Path, name: str, acc: float, *methods: str, ppl=5.0, tasks=("sums", "pets"), add_bos=True, seqlen=64
 ) -> Path:
     """A results file as evaluate.py writes it."""
     history = [{"method": m} | ({"sparsity": "2:8"} if m == "wanda" else {}) for m in methods]
@@ -50,7 +50,7 @@ def result(
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {"ckpt": str(folder / name / "merged.pt"), "history": history, "sparsity": 0.75 * ("wanda" in methods)}
     about |= {"version": 2, "add_bos": add_bos}
-    file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl}}}))
+    file.write_text(json.dumps(about | {"results": scores, "perplexity": {"text": {"ppl": ppl, "seqlen": seqlen}}}))
     return file
 
 
@@ -85,6 +85,8 @@ def test_results_that_cannot_stand_in_one_table_are_refused(tmp_path):
         tables.read([a, tmp_path / "old.json"])
     with pytest.raises(UserError, match="some results were scored with --add_bos"):
         tables.read([a, result(tmp_path, "b", 0.5, add_bos=False)])
+    with pytest.raises(UserError, match="perplexities of text in windows of 128 and of text in windows of 64 cannot"):
+        tables.read([a, result(tmp_path, "d", 0.5, seqlen=128)])
     with pytest.raises(UserError, match="of different tasks"):
         tables.read([a, result(tmp_path, "c", 0.5, tasks=("sums",))])
 

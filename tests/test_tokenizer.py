@@ -366,6 +366,31 @@ def byte_fallback(tmp_path_factory) -> sentencepiece.SentencePieceProcessor:
 SENTENCEPIECE_FORMS = ("normalizer", "first", "always", "never", "first, cut", "always, cut")
 
 
+@pytest.mark.parametrize("form", ("first", "always", "never", "first, cut"))
+def test_a_text_that_is_one_token_needs_no_merges_where_ignore_merges_says_so(byte_fallback, form):
+    parsed = json.loads(sentencepiece_json(byte_fallback, form).to_str())
+    for id, token in enumerate(("▁cd", "cd", "▁a▁cd", "xyzzy"), 10_000):  # no merges make them
+        parsed["model"]["vocab"][token] = id
+    parsed["model"]["ignore_merges"] = True
+    reference = tokenizers.Tokenizer.from_str(json.dumps(parsed))
+    texts = [
+        "cd",
+        " cd",
+        "a cd",
+        "b cd",
+        "cd a",
+        "cd  cd",
+        "xyzzy",
+        " xyzzy",
+        TEXT,
+        *random_strings(300, 8, ["cd", " cd"]),
+    ]
+    assert mismatches(ours(reference), same_as(reference), texts) == []
+    config = {"tokenizer_class": "LlamaTokenizer"}  # of which transformers takes no flag
+    plain = load_tokenizer(json.dumps(parsed).encode(), {"tokenizer_config.json": json.dumps(config).encode()})
+    assert plain.ignore_merges == (form != "always")
+
+
 @pytest.mark.parametrize("form", SENTENCEPIECE_FORMS)
 def test_a_sentencepiece_model_as_json_gives_the_ids_of_tokenizers(byte_fallback, form):
     reference = sentencepiece_json(byte_fallback, form)

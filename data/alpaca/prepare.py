@@ -24,6 +24,7 @@ and so is a last question that has no answer. A file may be one JSON list of rec
 """
 
 import codecs
+import http.client
 import itertools
 import json
 import os
@@ -161,7 +162,7 @@ def download() -> bytes:
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
             return response.read()
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(f"{URL}: cannot be downloaded ({e}); fetch it elsewhere and give it as --json FILE") from None
 
 

@@ -9,6 +9,7 @@ taken. Documents are never joined. Writes int32 (nsamples, seqlen).
 """
 
 import gzip
+import http.client
 import io
 import sys
 import urllib.request
@@ -53,7 +54,7 @@ def read_documents(source: str | None) -> list[bytes]:
                 documents.append(text.encode())
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{name}: is a truncated or damaged gzip file") from None
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         hint = "" if source else "; fetch it elsewhere and give it as --json FILE"
         raise UserError(f"{name}: cannot be read: {e}{hint}") from None
     if not documents:

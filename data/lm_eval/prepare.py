@@ -14,6 +14,7 @@ column names can be rendered with --config; one that holds Python is refused by 
 """
 
 import ast
+import http.client
 import json
 import re
 import resource
@@ -56,6 +57,10 @@ def winogrande(doc: dict) -> Rendered:
     return [before + doc["option1"], before + doc["option2"]], [after.strip()] * 2, after.strip()
 
 
+def arc(doc: dict) -> Rendered:
+    return f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"], by_label(doc)
+
+
 def mmlu(doc: dict) -> Rendered:
     lines = [
         doc["question"].strip(),
@@ -84,18 +89,8 @@ TASKS: dict[str, tuple[str, str, str, Callable[[dict], Rendered]]] = {
     ),
     "hellaswag": ("Rowan/hellaswag", "default", "validation", hellaswag),
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
-    "arc_easy": (
-        "allenai/ai2_arc",
-        "ARC-Easy",
-        "test",
-        lambda d: (f"Question: {d['question']}\nAnswer:", d["choices"]["text"], by_label(d)),
-    ),
-    "arc_challenge": (
-        "allenai/ai2_arc",
-        "ARC-Challenge",
-        "test",
-        lambda d: (f"Question: {d['question']}\nAnswer:", d["choices"]["text"], by_label(d)),
-    ),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", arc),
     "openbookqa": (
         "allenai/openbookqa",
         "main",
@@ -116,13 +111,15 @@ def download(dataset: str, config: str, split: str, flag: str = "--json") -> lis
         try:
             with urllib.request.urlopen(f"https://datasets-server.huggingface.co/rows?{query}", timeout=60) as response:
                 page = json.load(response)
-        except (OSError, ValueError) as e:
+            total, got = page["num_rows_total"], [row["row"] for row in page["rows"]]
+            if not got:
+                raise ValueError(f"{len(rows)} rows came of {total}")
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
             where = f"https://huggingface.co/datasets/{dataset} ({config}, {split})"
             raise UserError(
-                f"{where} cannot be downloaded ({e}); give its rows, one JSON object a line, as {flag} FILE"
+                f"{where} cannot be downloaded ({e!r}); give its rows, one JSON object a line, as {flag} FILE"
             ) from None
-        total = page["num_rows_total"]
-        rows += [row["row"] for row in page["rows"]]
+        rows += got
     return rows
 
 
@@ -187,17 +184,18 @@ def bounded(render: Callable[[dict], Rendered], doc: dict, seconds: float = 5, n
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"takes longer than {seconds} seconds to render")
 
-    limits = resource.getrlimit(resource.RLIMIT_AS)  # address space
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)  # address space
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: Jinja catches what a constant raises
-    resource.setrlimit(resource.RLIMIT_AS, (now + nbytes, limits[1]))
+    most = now + nbytes if hard == resource.RLIM_INFINITY else min(now + nbytes, hard)
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         return render(doc)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def metrics_of(config: dict, task: str) -> list[str]:

@@ -52,7 +52,7 @@ def read_task(path: str | Path) -> tuple[str, list[Document]]:
         strip_delimiter(documents)
         set_mc2(name, documents, path)
         read_gold(documents, places)
-    elif not any(document.page for document in documents):
+    elif not any(text for document in documents for text, _ in document.pairs):
         raise UserError(f"{path}: holds no text")
     for document in documents:
         document.metrics, others = known_metrics(document)
@@ -79,7 +79,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
     (until 0.4.2)."""
     # A document may hold half of a surrogate pair where nothing is scored; what is scored, `is_text` looks at.
     data = read_bytes(path)
-    if data.removeprefix(codecs.BOM_UTF8).startswith(b"["):
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = enumerate(parse_json(data, path, list, surrogates=True), 1)
         places = [(f"{path}: sample {i}", record) for i, record in records]
     else:
@@ -272,12 +272,15 @@ def argmax(values: list[float]) -> int:
     return values.index(max(values))
 
 
-def document_metrics(document: Document, scores: list[Score]) -> dict[str, float]:
-    """The metrics of one document: each 0.0 or 1.0, but for mc2."""
-    values, texts, n = [value for value, _ in scores], document.choices, len(document.choices)
+def document_metrics(document: Document, scores: list[Score]) -> dict[str, float | list]:
+    """The metrics of one document: each 0.0 or 1.0, but for mc2; of a page [log p, words or bytes], as lm-eval's."""
+    values, texts = [value for value, _ in scores], document.choices
+    if document.rolling:
+        return {metric: [values[0], count] for metric, count in page_counts(document).items()}
     if document.mc2:
         p = [math.exp(value - max(values)) for value in values]  # so that long choices do not all become 0
         return {"acc": sum(p[i] for i in document.gold) / sum(p)}
+    n = len(texts)
     conditional, unconditional = values[:n], values[n:]
     chosen = {
         "acc": argmax(conditional),
@@ -294,20 +297,27 @@ def n_words(page: str) -> int:
     return len(re.split(r"\s+", page))
 
 
+def page_counts(document: Document) -> dict[str, int]:
+    """What each metric of a rolling document is a mean over: the words or the bytes of its page."""
+    words, n_bytes = n_words(document.page), len(document.page.encode())
+    counts = {"word_perplexity": words, "byte_perplexity": n_bytes, "bits_per_byte": n_bytes}
+    return {metric: counts[metric] for metric in document.metrics}
+
+
 def check_logged(document: Document, where: str) -> None:
     """UserError where a document's logged metrics do not follow from the scores logged with it: then the task is scored
     by a rule of its own, or its right choices are others than those read here."""
     record = document.record
     if document.rolling:
-        counts = {"word_perplexity": n_words(document.page), "byte_perplexity": len(document.page.encode())}
-        for metric, n in counts.items():
+        for metric, n in page_counts(document).items():
             logged = record.get(metric)
             if isinstance(logged, list) and len(logged) == 2 and logged[1] != n:
                 raise UserError(f"{where}: {metric} was logged over {logged[1]}, and its text has {n}")
+        return
     resps = record.get("filtered_resps")
     try:
         scores = [(float(value), False) for value, _ in resps]
-    except (TypeError, ValueError):  # nothing was logged, or in another shape
+    except (TypeError, ValueError, OverflowError):  # nothing was logged, or in another shape
         return
     if len(scores) != len(document.pairs) or not all(math.isfinite(value) for value, _ in scores):
         return
