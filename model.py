@@ -689,10 +689,13 @@ def save(model: Llama, path: str | Path, tokenizer: Tokenizer | None = None) -> 
         foreign = weights.keys() - Llama(model.config).state_dict().keys()
     if foreign:
         raise UserError(f"{path}: the model has {min(foreign)}, which is not a LLaMA's; merge its adapters first")
-    if model.config.tie_word_embeddings:
+    # Another head than the embeddings is saved as one: it was learned, and merged.
+    tied = model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    if tied:
         del weights["lm_head.weight"]
     tensors = {name: (w.to("meta"), functools.partial(w.to, "cpu")) for name, w in weights.items()}
-    ckpt = Checkpoint(None, {**config_to_dict(model.config), **model.special_tokens}, tensors)
+    config = config_to_dict(dataclasses.replace(model.config, tie_word_embeddings=tied))
+    ckpt = Checkpoint(None, {**config, **model.special_tokens}, tensors)
     ckpt.files = model.files
     if tokenizer is not None:
         give_tokenizer(ckpt, tokenizer)

@@ -118,7 +118,7 @@ def sparsity_of_linear(sparsity: Pattern, linear: str) -> Sparsity:
     """What the linear of this full name has: the last entry whose name is a part of it, between dots. UserError where
     there is none."""
     if callable(sparsity):
-        return parse_sparsity(sparsity(linear))
+        return sparsity_of_linear(parse_sparsity(sparsity(linear)), linear)
     if not isinstance(sparsity, list):
         return sparsity
     named = [s for name, s in sparsity if name and f".{name}." in f".{linear}."]
@@ -221,7 +221,7 @@ def prune_model(
     model: Llama,
     calib: np.ndarray | Tensor,
     method: str = "wanda",
-    sparsity: str | Sparsity | Callable[[str], Sparsity] = "0.5",
+    sparsity: str | Pattern = "0.5",
     dsnot_cycles: int = 0,
     dsnot_threshold: float = 0.1,
 ) -> list[dict]:
@@ -286,7 +286,7 @@ def prune_block(block: Block, i: int, x: Tensor, settings: Settings, tables: Tab
 def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, settings: Settings) -> dict[str, Statistics]:
     """The first pass: statistics of a block's four inputs, by the keys of GROUPS; x (sequences, T, hidden_size)."""
     n_sequences, T, _ = x.shape
-    stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over all tokens
+    stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over the tokens
     linears = {name: block.get_submodule(name) for name in GROUPS}
     stats, hooks = {}, []
     for name, linear in linears.items():

@@ -298,6 +298,15 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
+def in_one_kernel(function: Callable, *args: Any) -> Any:
+    """function(*args), on a GPU."""
+    if torch.compiler.is_compiling():  # a block as a whole, in evaluation mode
+        return function(*args)
+    # Detached: of a parameter torch.compile takes the shape for a constant, and would compile anew for each number of
+    # survivors, until it gives up.
+    return compiled(function)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+
+
 def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields alpha (r, n) and tensors of m rows by the block of m/r rows that share an alpha, so that what is made of
     one stays in a CPU's cache. Small blocks go several at a time, up to `rows` rows: at r = m a block is one row, and
@@ -312,7 +321,7 @@ def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scal
     """W^ (m, n), in W's dtype. On a GPU one kernel, which reads W and writes W^: 4 bytes a weight in bfloat16."""
     (r, n), m = alpha.shape, len(beta)
     if W.is_cuda:
-        return compiled(form)(W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
+        return in_one_kernel(form, W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
     W_hat = W.new_empty(m, n)
     rows = 2**19 // n  # half a million weights, or one block where that is more
     for alpha_k, W_k, beta_k, out in in_blocks(rows, alpha, unpack(W, bits, n), beta, W_hat):
@@ -326,7 +335,7 @@ def spp_gradients(
     """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n)."""
     r, n = alpha.shape
     if G.is_cuda:
-        d_alpha, d_beta = compiled(reduce)(G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
+        d_alpha, d_beta = in_one_kernel(reduce, G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
         return d_alpha, d_beta.flatten()
     d_alphas, d_betas = [], []
     # as a rule one block at a time: bmm is slower with more
@@ -538,7 +547,8 @@ def merge(model: nn.Module, masked: bool = True) -> nn.Module:
     holds it against the checkpoint.)
 
     LoRA's sum is dense: the mask is applied to it again (LoRA*), or not, with masked=False. What was merged is added to
-    the model's history. UserError where a merged weight is not finite, and for dynamic layers that never had a mask.
+    the model's history, but for SPP's ablations. UserError where a merged weight is not finite, and for dynamic layers
+    that never had a mask.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLinear)}
     masks = [layer.mask for layer in layers.values() if isinstance(layer, DynamicLinear)]
@@ -562,7 +572,7 @@ def merged_weight(layer: AdapterLinear, masked: bool, name: str) -> Tensor:
     if not W.isfinite().all():
         raise UserError(f"{name}: the merged weight holds NaN or Inf, or is too large for {W.dtype}")
     assert not (sparse and W[layer.dense() == 0].any()), f"{name}: a pruned weight came back"
-    return W
+    return W + 0.0  # 0 in place of the -0 that a product leaves, and that a .pt would store as a survivor
 
 
 def merge_step(method: str, layer: AdapterLinear, masked: bool) -> dict:
@@ -612,6 +622,9 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise UserError(f"the adapter does not fit the model at {wrong[0]} ({len(wrong)} such)")
     for name, p in learning.items():
         p.data.copy_(state[name])
+    for layer in model.modules():
+        if isinstance(layer, DynamicLinear):
+            layer.mask.copy_(layer.weight != 0)
 
 
 def from_survivors(learned: Tensor, W: Tensor, where: str) -> Tensor:

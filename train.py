@@ -59,7 +59,7 @@ from data.checkpoint import write_json
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
 from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of, world_size
-from prune import Sparsity, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
+from prune import Pattern, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
 from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, inject, merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
@@ -152,7 +152,7 @@ def main() -> None:
     # error is then a single process that ends, and torchrun ends the others.
     out_dir = Path(args.out_dir)
     state = None
-    # start: steps done; first: the validation loss of step 0; best: that of what merged.pt will hold
+    # start: steps done; first: the validation loss before the run; best: that of what merged.pt will hold
     start, first, best = 0, math.inf, math.inf  # inf: none yet
     base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
     if int(os.environ.get("RANK", 0)) == 0:
@@ -298,7 +298,7 @@ def main() -> None:
         write_result(out_dir, model, ckpt, base, args, plan.steps)
         if first <= best < math.inf:  # inf: nothing is held out
             which = "its last weights" if args.method == "full" else "the best of it"
-            log(f"note: the run only harmed: validation loss {first:.4f} at step 0, {best:.4f} in merged.pt, {which}")
+            log(f"note: the run only harmed: validation loss {first:.4f} before, {best:.4f} in merged.pt, {which}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,7 +341,8 @@ def check_settings(args: argparse.Namespace) -> None:
     parser = make_parser()
     for key in ignored:
         if getattr(args, key) != parser.get_default(key):
-            given = "".join(f" --{flag}" for flag in ("no_residual", "no_beta") if getattr(args, flag))
+            beside = [f" --{flag}" for flag in ("no_residual", "no_beta") if getattr(args, flag)]
+            given = "".join(beside) if args.method == "spp" else ""
             raise UserError(f"--{key}: means nothing to --method {args.method}{given}")
 
 
@@ -351,10 +352,10 @@ def log_start(
     """Says how sparse the checkpoint is, where the learning rate comes from, and what may be an oversight."""
     if ckpt is not None:
         zeros, pattern = sparsity_of(ckpt["model.layers.0.mlp.up_proj.weight"])  # as a sample of all
-        stay = "; they stay" if args.method not in ("lora", "dynamic", "full") else ""
+        stay = "; they stay" if args.method not in ("dynamic", "full") else ""
         log(f"{args.ckpt}: {zeros:.1%} zeros ({pattern or 'unstructured'}) in layers.0.mlp.up_proj, for one{stay}")
         if stay and zeros < 0.01:
-            log(f"note: {args.ckpt} is dense, and so the result will be: prune.py comes first")
+            log(f"note: {args.ckpt} has no zeros there; if it is dense, so the result will be: prune.py comes first")
         if ckpt.tokenizer is None:
             lacks = "so nothing tells whether --data fits it, and merged.pt will have none"
             log(f"note: {args.ckpt} has no tokenizer, {lacks}; model.py --tokenizer adds one")
@@ -639,7 +640,7 @@ def shard_rows(w: Tensor, mesh: DeviceMesh, device: str, dtype: torch.dtype) -> 
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=w.shape, stride=w.stride())
 
 
-def update_masks(model: Llama, sparsity: Sparsity) -> None:
+def update_masks(model: Llama, sparsity: Pattern) -> None:
     """Equation 2: every dynamic layer's mask follows the magnitude of its dense weight, within a row or M of one."""
     for name, module in model.named_modules():
         if isinstance(module, DynamicLinear):
@@ -759,8 +760,8 @@ def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | No
     for step, path in saved_states(out_dir):
         try:
             state = torch_load(path, checksums=True)
-        except UserError:
-            tqdm.write(f"warning: {path} is truncated or damaged; going back to the state before it")
+        except UserError as e:
+            tqdm.write(f"warning: {e}; going back to the state before it")
             path.rename(path.with_suffix(".damaged"))  # or it would count as one of the two that are kept
             continue
         if isinstance(state, dict):

@@ -251,8 +251,13 @@ def test_tokenizer_may_be_a_file_a_directory_or_a_checkpoint_of_ours(tmp_path, m
         ('[{"messages": [{"role": "user", "content": [{"type": "text"}]}]}]', "record 0: turn 0: `text` is missing"),
         ('[{"messages": [{"role": "system", "content": null}]}]', "record 0: `messages` is empty"),
         ('[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "record 0: turn 0: `content`: holds half of a"),
+        (
+            '[{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "x"},'
+            ' {"role": "assistant", "content": " "}]}]',
+            "record 0: `turn 2` is empty",
+        ),
         ('[{"messages": [{"role": "tool", "content": "x"}]}]', "record 0: turn 0 is by 'tool', expected human"),
-        ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `turn 1` is empty"),
+        ('[{"conversations": [{"from": "human", "value": "x"}]}]', "record 0: `answer` is empty"),
         (
             '[{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}]',
             "record 0: turn 0 has a `tool_calls`",

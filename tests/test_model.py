@@ -19,7 +19,7 @@ from data.checkpoint import UserError, open_checkpoint, write_checkpoint
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, cli, config_from_dict, config_to_dict, cut_into_batches, describe
 from model import generate, load, main, open_llama, rope_tables, save, sparsity_of
-from spp import inject
+from spp import inject, merge
 
 SHAPES = {
     "llama-1": {},
@@ -572,6 +572,17 @@ def test_the_pattern_of_layers_that_differ_is_the_one_that_all_have(model, tmp_p
         prune_by_magnitude(model.model.layers[i], n, 4)
     save(model, tmp_path / "mixed.pt")
     assert {line["pattern"] for line in describe(*open_llama(tmp_path / "mixed.pt"))["linears"].values()} == {"2:4"}
+
+
+def test_a_head_that_was_learned_apart_from_tied_embeddings_is_saved(tmp_path):
+    config = dataclasses.replace(PRESETS["test"], tie_word_embeddings=True)
+    model = inject(Llama(config), targets=("lm_head",), r=4)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    save(merge(model), tmp_path / "model.pt")
+    tokens = torch.arange(9)[None]
+    assert load(tmp_path / "model.pt")[0](tokens).equal(model(tokens))
 
 
 def test_a_model_without_a_tokenizer_is_given_one(model, tokenizer_file, tmp_path):

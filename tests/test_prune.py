@@ -313,7 +313,7 @@ def test_what_was_done_is_added_to_the_models_history(model, calib):
 
 
 def test_sparsity_may_be_a_function_of_the_layers_name(model, calib):
-    prune_model(model, calib, "wanda", lambda name: 0.25 if "mlp" in name else (1, 4))
+    prune_model(model, calib, "wanda", lambda name: "mlp=0.25,1:4" if "mlp" in name else (1, 4))
     for name, w in targets(model).items():
         assert (w == 0).float().mean().item() == pytest.approx(0.25 if "mlp" in name else 0.75)
 

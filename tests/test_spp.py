@@ -1,6 +1,7 @@
 """What spp.py promises: exact forms, exact gradients, three units, no memory of W's size, zeros that stay zeros."""
 
 import copy
+import functools
 import logging
 import math
 from pathlib import Path
@@ -184,6 +185,29 @@ def test_compiled_spp_saves_no_weight():
         torch.compile(layer, backend="aot_eager")(x)
     own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
     assert kept and own >= {t.data_ptr() for t in kept}
+
+
+@torch.no_grad()
+def test_kernels_are_compiled_a_few_times_whatever_number_of_weights_survives(monkeypatch):
+    """What a GPU takes of packed layers, all of one shape, whose sparsity differs: parameters, as a layer has them."""
+    graphs = []
+
+    @functools.cache
+    def compiled(function):
+        return torch.compile(function, backend=lambda graph, _: graphs.append(function) or graph.forward)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(spp, "compiled", compiled)
+    monkeypatch.setattr(spp, "unpack", unpack_by_places)
+    for i in range(12):
+        values, bits = pack(torch.randn(32, 48) * (torch.rand(32, 48) < 0.05 * i + 0.2))
+        W, alpha, beta = nn.Parameter(values), nn.Parameter(torch.randn(4, 48)), nn.Parameter(torch.randn(32))
+        for args in (
+            (spp.form, W, bits, alpha, beta.view(4, -1), 2.0, True),
+            (spp.reduce, torch.randn(4, 8, 48), W, bits, alpha, beta.view(4, -1), 2.0),
+        ):
+            torch.testing.assert_close(spp.in_one_kernel(*args), args[0](*args[1:]))
+    assert 2 <= len(graphs) <= 5
 
 
 def bytes_of(function, *args) -> int:
@@ -379,6 +403,29 @@ def test_lora_merged_without_its_mask_is_dense(pruned):
     merge(pruned, masked=False)
     torch.testing.assert_close(pruned(tokens), logits, atol=1e-5, rtol=1e-5)
     assert (pruned.model.layers[0].mlp.up_proj.weight != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("method, options", [("spp", {"residual": False}), ("dynamic", {})])
+def test_merged_zeros_have_no_sign(pruned, method, options):
+    """Or a .pt would store them as survivors."""
+    model = inject(copy.deepcopy(pruned), method, r=4, **options)
+    for layer in model.modules():
+        if isinstance(layer, SPPLinear):
+            nn.init.normal_(layer.alpha)
+        elif isinstance(layer, DynamicLinear):
+            layer.mask.copy_(layer.weight > 0.01)
+    merge(model)
+    for name, w in model.named_parameters():
+        assert not (w.signbit() & (w == 0)).any(), name
+
+
+def test_a_loaded_dynamic_adapter_has_the_mask_that_it_was_saved_under(pruned):
+    model = inject(copy.deepcopy(pruned), "dynamic")
+    train.update_masks(model, (1, 4))
+    again = inject(copy.deepcopy(pruned), "dynamic")
+    load_adapter(again, adapter_state(model))
+    for a, b in zip(merge(model).parameters(), merge(again).parameters(), strict=True):
+        assert a.equal(b)
 
 
 def test_a_dynamic_layer_uses_its_mask_and_learns_through_it(pruned):

@@ -12,8 +12,9 @@ are Alpaca's, with the line break after "### Response:" of the Alpaca-LoRA train
 A record may also be a conversation: {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
 ...]} as ShareGPT has it, or {"messages": [{"role": "user", "content": ...}, ...]}. Each of its exchanges becomes an
 example, whose prompt holds the earlier ones, so that each answer is an answer once and a question never. A system
-message takes the place of Alpaca's first sentences. An exchange whose prompt leaves no room for its answer is left out,
-and so is a last question that has no answer. A file may be one JSON list of records, or have a record on each line.
+message takes the place of Alpaca's first sentences. A later exchange whose prompt leaves no room for its answer is left
+out, and so is a last question that has no answer. A file may be one JSON list of records, or have a record on each
+line.
 
 `train.py` reads the folder:
 
@@ -135,7 +136,7 @@ def turns_of(record: dict, listed: str, where: str) -> list[tuple[str, str]]:
             raise UserError(f"{where}: turn {k} has a `{unread[0]}`, which is not read; leave such records out")
     places = [f"{where}: turn {k}" for k in range(len(turns))]
     if turns and SPEAKERS.get(str(turns[0].get(by))) == "system" and not str(turns[0].get(text) or "").strip():
-        turns, places = turns[1:], places[1:]  # a template's empty system message says nothing
+        turns = [{**turns[0], text: ""}, *turns[1:]]  # a template's empty system message, null too, says nothing
     turns = [(string(turn, by, at), text_of(turn, text, at)) for turn, at in zip(turns, places, strict=True)]
     first = 1 if turns and SPEAKERS.get(turns[0][0]) == "system" else 0
     for k, (speaker, _) in enumerate(turns[first:]):
@@ -149,7 +150,9 @@ def exchanges(turns: list[tuple[str, str]]) -> list[Example]:
     """The examples of a conversation: each answer, its prompt all that was said before it."""
     before = WITHOUT_INPUT.partition("### Instruction")[0]
     if SPEAKERS[turns[0][0]] == "system":
-        before, turns = f"{turns[0][1].strip()}\n\n", turns[1:]
+        if turns[0][1].strip():
+            before = f"{turns[0][1].strip()}\n\n"
+        turns = turns[1:]
     examples = []
     for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=False):  # a last question may have no answer
         before += f"### Instruction:\n{question}\n\n### Response:\n"
@@ -187,12 +190,11 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
         listed = conversation_of(record, where)
         if listed:
             turns = turns_of(record, listed, where)
-            examples, empty = [], listed
-            if turns:
-                examples = exchanges(turns)
-                if not examples:  # a question alone: its answer is as empty as one of no words
-                    turns.append(("gpt", ""))
-                empty = next((f"turn {k}" for k, (_, text) in enumerate(turns) if not text.strip()), None)
+            examples = exchanges(turns) if turns else []
+            said = [(f"turn {k}", text) for k, (by, text) in enumerate(turns) if SPEAKERS[by] != "system"]
+            empty = next((turn for turn, text in said if not text.strip()), None)
+            if not examples:
+                empty = empty or ("answer" if turns else listed)
             unanswered += not empty and SPEAKERS[turns[-1][0]] == "human"
         else:
             record = {**record, "input": "" if record.get("input") is None else record["input"]}
