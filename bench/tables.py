@@ -285,7 +285,7 @@ def losses(records: list[dict]) -> "Figure":
     if not curves:
         raise UserError("--losses: no model fine-tuned after Wanda has a log.jsonl of several validations beside it")
     methods = {tuned for by_method in curves.values() for tuned in by_method}
-    figure, axes = panels(len(curves), methods, "LoRA*: before the mask is applied again")
+    figure, axes = panels(len(curves), methods, "LoRA*: under the mask, as it is merged")
     for ax, (sparsity, by_method) in zip(axes, curves.items(), strict=True):
         for tuned, seeds in by_method.items():
             if any([step for step, _ in seed] != [step for step, _ in seeds[0]] for seed in seeds):

@@ -13,8 +13,8 @@
 # Results go to OUT, out/smollm2-short or out/smollm2-full by default. A GPU is used where there is one. The cells of 75% and
 # 2:4 come first; what there is when the script is stopped, bench/tables.py lays out: results_*.json.
 #
-# On one core of a slow CPU a fine-tuning of the short form takes about 15 minutes and an evaluation 5, and so all of it
-# about eight hours, the search less than one. The rates come from earlier tries, with another tokenizer, of two or three
+# On one core of a 2-core CPU a fine-tuning of the short form takes 10 to 15 minutes and an evaluation 3, and so all of it
+# about six hours, the search less than one. The rates come from earlier tries, with another tokenizer, of two or three
 # for each method at Wanda 0.75, LoRA's in 21 steps of 16. The search is of 42 steps of 4, with a seed that no row of the
 # table has; what it found is assets/smollm2_search.txt.
 seeds=${SEEDS:-0} nsamples=24 seqlen=512 steps=84 interval=21 documents=200 lines=220 size=short

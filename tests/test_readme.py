@@ -126,9 +126,8 @@ def real_table() -> list[str]:
     def loss(*cell) -> str:
         return tables.spread(losses.get(cell, []), 3)
 
-    def accuracies(*cell) -> str:
-        columns = [*cells[cell]["columns"].items()][:3] if cell in cells else []
-        return " / ".join(f"{statistics.mean(values):.1f}" for _, values in columns)
+    def accuracy(*cell) -> str:
+        return tables.spread(cells[cell]["columns"]["average"], 1) if cell in cells else ""
 
     paper = json.loads((ROOT / "bench" / "paper.json").read_text())
 
@@ -138,13 +137,13 @@ def real_table() -> list[str]:
         found = [t for t in map(paper.get, "235") if name in t["rows"] and column in t["columns"]]
         return f"{found[0]['rows'][name][found[0]['columns'].index(column)]:,.2f}" if found else ""
 
-    of_tasks = " / ".join(f"{values[0]:.1f}" for values in [*dense["columns"].values()][:3])
+    average = f"average of ARC-easy, OpenBookQA and WinoGrande, %; dense {dense['columns']['average'][0]:.1f}"
     return [
         f"| | {' | '.join(titles)} |",
         "|---|" + "---|" * len(columns),
         *block(f"perplexity of WikiText-2; dense {dense['ppl'][0]:.1f}", perplexity),
         *block("loss of held-out instructions, a token, prompts included", loss),
-        *block(f"ARC-easy / OpenBookQA / WinoGrande, %; dense {of_tasks}", accuracies),
+        *block(average, accuracy),
         *block(
             f"LLaMA 7B in the paper, average of seven tasks, %; dense {paper['2']['rows']['llama-7b/dense'][-1]:.2f}",
             of_7b,
