@@ -21,6 +21,7 @@ from spp import METHODS, inject
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+REAL = ROOT / "assets" / "smollm2.json"
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 # every command: (file, what follows it), whether in a block or in a sentence
@@ -97,7 +98,7 @@ def test_the_readmes_python_runs(random_checkpoint, tmp_path, monkeypatch):
 
 def real_table() -> list[str]:
     """The README's table of SmolLM2, from the committed results and, for LLaMA 7B, from the paper's figures."""
-    records = tables.read([ROOT / "assets" / "smollm2.json"])
+    records = tables.read([REAL])
     rows = tables.rows_of(records)
     losses = {}  # (pruner, sparsity, how tuned) -> the loss before, and the lowest, of each seed
     for record in records:
@@ -157,6 +158,28 @@ def test_the_real_table_is_that_of_the_committed_results_and_of_the_paper():
     table = real_table()
     start = README.index(table[0])
     assert README[start:].split("\n\n")[0].splitlines() == table
+
+
+def test_what_is_said_of_the_real_table_holds():
+    text = " ".join(README.split())
+    rows = {(r["pruner"], r["sparsity"], r["tuned"]): r for r in tables.rows_of(tables.read([REAL]))}
+    ppl = lambda *cell: statistics.mean(rows[cell]["ppl"])
+    lower = [1 - ppl("SparseGPT", sparsity, "SPP") / ppl("Wanda", sparsity, "SPP") for sparsity in ("0.75", "2:8")]
+    assert "at 75% and 2:8 by {:.0%} and {:.0%}".format(*lower) in text
+    assert ppl("SparseGPT", "2:4", "SPP") < ppl("Wanda", "2:4", "SPP")
+    ahead = {"LoRA*": [], "masked": []}  # of SPP, in points
+    for (pruner, sparsity, tuned), row in rows.items():
+        if tuned in ahead:
+            ahead[tuned].append(row["mean"] - rows[pruner, sparsity, "SPP"]["mean"])
+    behind = f"up to {max(ahead['LoRA*']):.1f} points behind LoRA* and {max(ahead['masked']):.1f} behind masked"
+    assert f"{behind}, and {-min(min(x) for x in ahead.values()):.1f} before them at best" in text
+    pairs = zip(rows["Wanda", "0.75", "LoRA*"]["ppl"], rows["Wanda", "0.75", "SPP"]["ppl"], strict=True)  # by seed
+    assert all(theirs > ours for theirs, ours in pairs)
+    paper = json.loads((ROOT / "bench" / "paper.json").read_text())
+    averages = {name: values[-1] for n in "27" for name, values in paper[n]["rows"].items()}
+    tuned = [name for name in averages if re.search("/sparsegpt.*-spp", name)]
+    pairs = [(averages[name], averages[name.replace("sparsegpt", "wanda")]) for name in tuned]
+    assert f"{sum(a > b for a, b in pairs)} of {len(pairs)} pairs" in text and sum(a < b for a, b in pairs) == 7
 
 
 def test_the_rates_searched_are_those_of_the_committed_log():
