@@ -508,10 +508,12 @@ def check_rank(method: str, r: int, shapes: dict[str, tuple[int, int]]) -> None:
         raise UserError(f"--rank {r}: expected at least 1")
     for name, (m, _) in shapes.items():
         if method == "spp" and m % r:
-            divisors = [d for d in range(1, m + 1) if m % d == 0]
+            common = math.gcd(*(outputs for outputs, _ in shapes.values()))
+            divisors = [d for d in range(1, common + 1) if common % d == 0]
             nearest = sorted(sorted(divisors, key=lambda d: abs(d - r))[:6])
             fit = " or ".join(map(str, nearest))
-            raise UserError(f"--rank {r}: does not divide the {m} outputs of {name.removeprefix('model.')}; {fit} does")
+            where = f"{m} outputs of {name.removeprefix('model.')}"
+            raise UserError(f"--rank {r}: does not divide the {where}; {fit} divides those of all linears")
 
 
 def inject(

@@ -360,7 +360,7 @@ def log_start(
             lacks = "so nothing tells whether --data fits it, and merged.pt will have none"
             log(f"note: {args.ckpt} has no tokenizer, {lacks}; model.py --tokenizer adds one")
     if lr_source:
-        log(f"--lr {args.lr:g}: {lr_source}")
+        log(f"--lr {args.lr:g}: to one digit {lr_source}")
     if plan.steps < 100 and plan.batch_size > world:
         few = f"note: {plan.steps} step{'s' * (plan.steps > 1)} of {plan.batch_size} examples"
         log(f"{few}: below about 100, a smaller --batch_size and so more steps make more of the same data")
@@ -453,7 +453,9 @@ class Examples:
         self.n_targets = self.lengths - self.skipped
         if n and not 0 <= self.tokens.min() <= self.tokens.max() < vocab_size:
             bad = self.tokens.max() if self.tokens.max() >= vocab_size else self.tokens.min()
-            raise UserError(f"--data {folder}: token id {bad} is not among the model's {vocab_size}")
+            raise UserError(
+                f"--data {folder}: token id {bad} is not among the model's {vocab_size}; was another tokenizer used?"
+            )
 
     def batch(self, indices: list[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
         """What `Llama.forward` takes, int64: right-padded tokens (B, T); targets (N,); where in the flattened tokens

@@ -137,9 +137,10 @@ def row_of(seeds: list[dict]) -> dict:
     row["pruner"], row["tuned"] = parts(row["method"])
     row["zeros"] = np.mean([r["zeros"] for r in seeds])
     row["columns"] = {task: [100 * r["acc"][task] for r in seeds] for task in seeds[0]["acc"]}
-    row["columns"]["average"] = [100 * np.mean(list(r["acc"].values())) for r in seeds]
+    if row["columns"]:
+        row["columns"]["average"] = [100 * np.mean(list(r["acc"].values())) for r in seeds]
     row["ppl"] = [r["ppl"] for r in seeds if r["ppl"] is not None]
-    row["mean"] = np.mean(row["columns"]["average"])
+    row["mean"] = np.mean(row["columns"].get("average", math.nan))
     return row
 
 
@@ -321,7 +322,9 @@ def main():
         return
     records = read(args.results)
     rows = rows_of(records)
-    print(table(rows), bars(rows), sep="\n\n")
+    print(table(rows))
+    if records[0]["acc"]:
+        print("", bars(rows), sep="\n")
     if args.save:
         lines = ",\n".join(map(json.dumps, records))  # one a record, so that a diff shows which has changed
         Path(args.save).write_text(f'{{"version": {VERSION}, "records": [\n{lines}\n]}}\n')

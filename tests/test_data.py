@@ -156,11 +156,13 @@ def test_the_held_out_examples_depend_on_the_seed_alone(tmp_path, monkeypatch, l
     assert a == b and a != c
 
 
-def test_long_examples_are_cut_at_max_len(tmp_path, monkeypatch, lossless, records_file):
+def test_long_examples_are_cut_at_max_len(tmp_path, monkeypatch, capsys, lossless, records_file):
     argv = ("--tokenizer", lossless, "--json", records_file, "--val", 5, "--max_len", 40, "--out", tmp_path / "out")
     call(alpaca, monkeypatch, *argv)
     for tokens, n in examples(tmp_path / "out", "train"):
         assert len(tokens) == 40 and 1 <= n <= 40
+    mute = sum(n == 40 for split in ("train", "val") for _, n in examples(tmp_path / "out", split))
+    assert mute and f"warning: {mute} of these keep no token of their answer" in capsys.readouterr().out
 
 
 def test_a_second_run_replaces_the_folder_and_leaves_other_files(tmp_path, monkeypatch, lossless, records_file):

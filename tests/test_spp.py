@@ -532,7 +532,10 @@ def test_a_method_that_is_none_is_refused_before_anything_changes(pruned):
 
 
 def test_an_r_that_divides_no_layer_is_refused_before_anything_changes(pruned):
-    with pytest.raises(UserError, match=r"--rank 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8"):
+    with pytest.raises(
+        UserError,
+        match=r"--rank 5: does not divide the 32 outputs of layers.0.self_attn.q_proj.*4.*8.* divides those of all linears",
+    ):
         inject(pruned, r=5)
     assert not any(isinstance(module, SPPLinear) for module in pruned.modules())
 

@@ -100,6 +100,18 @@ def test_seeds_become_means_spreads_and_the_share_won_back(two_seeds):
     assert tables.bars(rows).splitlines()[-1] == "   2:8 Wanda + SPP " + "█" * 38 + " 75.0"
 
 
+def test_perplexities_alone_are_a_table_too(tmp_path, monkeypatch, capsys):
+    files = [result(tmp_path, "before", 0.5, "wanda", ppl=9.0, tasks=()), result(tmp_path, "after", 0.5, tasks=())]
+    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, files)])
+    tables.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["method", "sparsity", "zeros", "ppl", "won", "back"],
+        ["dense", "dense", "0.0%", "5.00"],
+        ["Wanda", "2:8", "75.0%", "9.00"],
+    ]
+
+
 def test_less_than_two_points_lost_are_not_won_back(tmp_path):
     files = [result(tmp_path, "dense", 0.5), result(tmp_path, "wanda", 0.481, "wanda")]
     rows = tables.rows_of(tables.read([*files, result(tmp_path, "spp", 0.49, "wanda", "spp")]))

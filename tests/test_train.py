@@ -1275,7 +1275,7 @@ def test_a_run_says_which_rate_it_chose_and_from_where_unless_it_was_given(world
     job = Job(*line[: line.index("--lr")], *line[line.index("--lr") + 2 :])
     assert job.wait() == [0], job.text
     lr, source = train.default_lr("spp", PRESETS["test"], 6)
-    assert f"--lr {lr:g}: {source}\n" in job.text and "for a width of 32, x 3.7 for 6 steps" in source
+    assert f"--lr {lr:g}: to one digit {source}\n" in job.text and "for a width of 32, x 3.7 for 6 steps" in source
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["lr"] == lr
     assert max(line["lr"] for line in log_of(tmp_path / "run") if "lr" in line) == lr
     job = start(world, tmp_path / "given", "--epochs", 1)

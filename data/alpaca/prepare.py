@@ -358,6 +358,8 @@ def main() -> None:
         f"wrote {out}: {len(splits['train'])} examples to train on ({tokens:,} tokens), {len(splits['val'])} held out"
     )
     print(f"{cut} of {len(examples)} were longer than {args.max_len} tokens and are cut")
+    if unanswered := sum(n_prompt == len(t) for t, n_prompt in examples):
+        print(f"warning: {unanswered} of these keep no token of their answer; a larger --max_len would")
     if lost:
         print(f"{lost} more were later exchanges whose prompts alone are as long: left out")
 
