@@ -787,9 +787,9 @@ def test_finished_tasks_are_not_kept_for_other_documents(random_checkpoint, tmp_
 
 
 def started(checkpoint, folder) -> tuple[tuple, Job]:
-    """Two tasks and a text that take a second: (the command's flags, the command once its first chunk is kept)."""
+    """Two tasks and a text, more than one chunk takes: (the command's flags, the command once its first chunk is kept)."""
     files = [write(folder / f"samples_{name}.jsonl", made_up(40, i)) for i, name in enumerate("ab")]
-    (folder / "text.txt").write_text("bada kimu dogu\n" * 2000)
+    (folder / "text.txt").write_text("bada kimu dogu\n" * 7000)
     flags = ("--tasks", *files, "--max_tokens", 100, "--ppl", folder / "text.txt", "--seqlen", 32)
     job = start(checkpoint, folder / "r.json", *flags)
     while not [*(folder / "r.json.partial").glob("chunk-*.json")]:
