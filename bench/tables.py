@@ -97,6 +97,7 @@ def record_of(path: str | Path, result: dict) -> dict:
 
 
 def fields(result: dict) -> dict:
+    """The record, of whatever the file holds: an error where that is not what evaluate.py writes."""
     method, sparsity = describe(result["history"])
     record = {"method": method, "sparsity": sparsity, "zeros": result["sparsity"], "add_bos": result["add_bos"]}
     record["acc"] = {task: r["acc"] for task, r in result["results"].items() if "acc" in r and not MEANS.match(task)}

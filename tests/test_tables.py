@@ -227,7 +227,8 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path, mon
         assert letters[0] == letters[1] and len(letters[0]) > 10
         paths = [" ".join(re.findall(r'd="([^"]+)" clip-path', svg)) for svg in both]
         numbers = [[float(x) for x in re.findall(r"[\d.]+", path)] for path in paths]
-        assert numbers[0] == pytest.approx(numbers[1], abs=0.01) and len(numbers[0]) > 20
+        least = 40 if name == "smollm2_losses.svg" else 100  # three curves of four points, and the grid
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.01) and len(numbers[0]) > least
 
 
 def test_a_picture_is_the_same_file_each_time(two_seeds, tmp_path):
