@@ -227,9 +227,9 @@ class SPPLinear(AdapterLinear):
 # forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight)
 # backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients)
 #
-# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time, a GPU in one
-# compiled kernel. The operators at the end of this section do the same for torch.compile, and for packed weights on a
-# GPU; skip them at first.
+# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time; a GPU in one
+# compiled kernel, and so does a CPU with --compile. The operators at the end of this section do the same for
+# torch.compile, and for packed weights on a GPU; skip them at first.
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -288,7 +288,7 @@ def form(
 def reduce(
     G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d alpha (r, n) and d beta (r, m/r) from G (r, m/r, n), for a GPU: products and sums in one kernel."""
+    """d alpha (r, n) and d beta (r, m/r) from G (r, m/r, n), to be compiled: products and sums in one kernel."""
     GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
     return scale * (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
 
@@ -298,9 +298,20 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
+@functools.cache
+def compile_error(device: str) -> str | None:
+    """Why torch.compile does not work on this machine, which may lack a compiler or Python's headers; None: it does."""
+    try:
+        compiled(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as e:  # of torch's compiler, Triton, subprocess, ...
+        return str(e).strip().partition("\n")[0]
+    return None
+
+
 def in_one_kernel(function: Callable, *args: Any) -> Any:
-    """function(*args), on a GPU."""
-    if torch.compiler.is_compiling():  # a block as a whole, in evaluation mode
+    """function(*args), compiled where that is possible. The first argument is a tensor."""
+    # a block as a whole is being compiled, in evaluation mode; or nothing can be
+    if torch.compiler.is_compiling() or compile_error(args[0].device.type):
         return function(*args)
     # Detached: of a parameter torch.compile takes the shape for a constant, and would compile anew for each number of
     # survivors, until it gives up.
@@ -317,10 +328,12 @@ def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tens
     return zip(*(view.split(at_once) for view in views), strict=True)
 
 
-def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
+def spp_weight(
+    W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool, kernel: bool = False
+) -> Tensor:
     """W^ (m, n), in W's dtype. On a GPU one kernel, which reads W and writes W^: 4 bytes a weight in bfloat16."""
     (r, n), m = alpha.shape, len(beta)
-    if W.is_cuda:
+    if kernel or W.is_cuda:
         return in_one_kernel(form, W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
     W_hat = W.new_empty(m, n)
     rows = 2**19 // n  # half a million weights, or one block where that is more
@@ -330,11 +343,11 @@ def spp_weight(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scal
 
 
 def spp_gradients(
-    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, kernel: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n)."""
     r, n = alpha.shape
-    if G.is_cuda:
+    if kernel or G.is_cuda:
         d_alpha, d_beta = in_one_kernel(reduce, G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
         return d_alpha, d_beta.flatten()
     d_alphas, d_betas = [], []
@@ -354,7 +367,9 @@ def spp_gradients(
 def spp_product(
     x: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
 ) -> Tensor:
-    return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual).to(x.dtype))
+    if not W.is_cuda:
+        W, bits = unpack(W, bits, x.shape[-1]), None
+    return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype))
 
 
 @torch.library.custom_op("spp::gradients", mutates_args=())
@@ -372,10 +387,10 @@ def spp_product_gradients(
     """The gradients of x, if it needs one, alpha and beta: `EffectiveMatmul.backward` of SPP."""
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
-    W_hat = spp_weight(W, bits, alpha, beta, scale, residual).to(x.dtype)
+    W_hat = spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype)
     dx = [g @ W_hat] if needs_dx else []
     G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=W_hat)
-    return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale)]
+    return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale, kernel=True)]
 
 
 def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -60,7 +60,8 @@ from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
 from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of, world_size
 from prune import Pattern, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
-from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, inject, merge_checkpoint, write_adapter
+from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, compile_error, inject, merge_checkpoint
+from spp import write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -156,6 +157,7 @@ def main() -> None:
     start, first, best = 0, math.inf, math.inf  # inf: none yet
     base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
     if int(os.environ.get("RANK", 0)) == 0:
+        check_compiler(args)
         args.resume = args.resume or restarted(out_dir)
         base = ckpt.fingerprint() if args.ckpt else args.preset
         run_id, run_lock = open_run(out_dir, args, plan.steps, base, world)  # noqa: F841  held until the process ends
@@ -344,6 +346,16 @@ def check_settings(args: argparse.Namespace) -> None:
             beside = [f" --{flag}" for flag in ("no_residual", "no_beta") if getattr(args, flag)]
             given = "".join(beside) if args.method == "spp" else ""
             raise UserError(f"--{key}: means nothing to --method {args.method}{given}")
+
+
+def check_compiler(args: argparse.Namespace) -> None:
+    """Refuses --compile where torch.compile does not work, and says so where SPP has to do without its GPU kernels."""
+    kernels = args.device == "cuda" and args.method == "spp" and args.matmul == "fused"
+    error = compile_error(args.device) if args.compile or kernels else None
+    if error and args.compile:
+        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
+    if error:
+        tqdm.write(f"note: torch.compile does not work on this machine, so SPP is slower than it could be: {error}")
 
 
 def log_start(

@@ -1,6 +1,7 @@
 """SPPLinear against its floors: FLOPs counted, bytes kept for the backward pass counted, time as a ratio of medians.
 
     python bench/linear.py                                   # CPU, one thread, the shapes of the README's table
+    python bench/linear.py --dtype bfloat16 --compile        # each form compiled, the floors too
     python bench/linear.py --device cuda --dtype bfloat16    # LLaMA-7B's shapes at T = 4,096
     python bench/linear.py --plot assets/linear.png          # also draws time and memory (matplotlib)
 
@@ -86,14 +87,16 @@ def clock(layer: nn.Module, x: Tensor, g: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(T: int, n: int, m: int, dtype, device, repeats: int) -> dict[str, dict]:
+def measure(T: int, n: int, m: int, dtype, device, repeats: int, compiled: bool) -> dict[str, dict]:
     x = torch.randn(T, n, dtype=dtype, device=device).requires_grad_()
     g = torch.randn(T, m, dtype=dtype, device=device)
     layers = {form: make(form, m, n, dtype, device) for form in FORMS}
-    rows = {
-        form: {"units": units(layer, x, g), "saved": saved_bytes(layer, x) / (m * n * dtype.itemsize)}
-        for form, layer in layers.items()
-    }
+    rows = {form: {"units": units(layer, x, g)} for form, layer in layers.items()}
+    torch._dynamo.reset()  # each shape is compiled for itself
+    for form, layer in layers.items():
+        if compiled:
+            layer.compile()
+        rows[form]["saved"] = saved_bytes(layer, x) / (m * n * dtype.itemsize)
     times = {form: [] for form in FORMS}
     for i in range(repeats + 3):
         for form, layer in layers.items():
@@ -148,6 +151,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=number(int, 1), default=25, help="paired repeats")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
     check_device(args.device)
@@ -164,13 +168,14 @@ def main():
         if args.device == "cuda"
         else f"{platform.processor() or platform.machine()}, one thread"
     )
-    print(f"{name}, torch {torch.__version__}, {args.dtype}, medians of {args.repeats} paired repeats\n")
+    kind = f"{args.dtype}, compiled" if args.compile else args.dtype
+    print(f"{name}, torch {torch.__version__}, {kind}, medians of {args.repeats} paired repeats\n")
     print(
         "| T, n, m | form | units | saved / mn | ms | / floor 3 | / LoRA | / chunked |\n|---|---|---|---|---|---|---|---|"
     )
     results = {}
     for T, n, m in shapes:
-        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats)
+        results[T, n, m] = measure(T, n, m, getattr(torch, args.dtype), args.device, args.repeats, args.compile)
         print_table(T, n, m, results[T, n, m])
     if args.device == "cuda":  # the seven linears of a block of LLaMA-7B
         total = {

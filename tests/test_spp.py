@@ -157,8 +157,9 @@ def test_a_layer_composes_with_activation_checkpointing(matmul):
 
 
 @pytest.mark.parametrize("method", ("spp", "masked_lora"))
-def test_compiled_blocks_have_no_graph_break_and_learn_the_same(method):
+def test_compiled_blocks_have_no_graph_break_and_learn_the_same(monkeypatch, method):
     """As train.py compiles them, of micro-batches of several lengths; SPP's keep no matrix of W's size."""
+    monkeypatch.setattr(spp, "compiled", lambda function: function)
     torch._dynamo.reset()
     counters.clear()
     model = inject(prune_by_magnitude(Llama(PRESETS["test"]), 2, 4), method, r=4)
@@ -176,7 +177,8 @@ def test_compiled_blocks_have_no_graph_break_and_learn_the_same(method):
     assert counters["stats"]["unique_graphs"] <= 4
 
 
-def test_compiled_spp_saves_no_weight():
+def test_compiled_spp_saves_no_weight(monkeypatch):
+    monkeypatch.setattr(spp, "compiled", lambda function: function)
     layer = spp_layer(64, 48, 4)
     x = torch.randn(5, 48, requires_grad=True)
     assert saved_bytes(layer, x) == 0 and saved_bytes(torch.compile(layer, backend="aot_eager"), x) == 0
@@ -185,6 +187,38 @@ def test_compiled_spp_saves_no_weight():
         torch.compile(layer, backend="aot_eager")(x)
     own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
     assert kept and own >= {t.data_ptr() for t in kept}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_kernels_have_the_outputs_and_gradients_of_equation_5(dtype, bound):
+    """What --compile makes of a layer, here for a CPU; packed it learns the same."""
+    torch._dynamo.reset()
+    dense = spp_layer(64, 48, 16, dtype=dtype)
+    packed = copy.deepcopy(dense)
+    assert packed.pack(packed.weight.detach())
+    x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
+    dense.compile()
+    packed.compile()
+    assert max(errors(dense, x)) < bound
+    found = [torch.autograd.grad(layer(x).sum(), (x, layer.alpha, layer.beta)) for layer in (dense, packed)]
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
+def test_where_nothing_can_be_compiled_a_gpu_does_without_kernels_and_compile_is_refused(monkeypatch, capsys):
+    def compiled(function):
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(spp, "compiled", compiled)
+    monkeypatch.setattr(spp, "compile_error", spp.compile_error.__wrapped__)  # the cache is of other tests' compilers
+    monkeypatch.setattr(train, "compile_error", lambda device: spp.compile_error("cpu"))
+    assert spp.in_one_kernel(torch.add, torch.ones(2), torch.ones(2)).tolist() == [2, 2]
+    args = train.make_parser().parse_args(["--preset", "test", "--device", "cuda"])
+    train.check_compiler(args)
+    assert capsys.readouterr().out.endswith("slower than it could be: Failed to find C compiler.\n")
+    args.compile = True
+    with pytest.raises(UserError, match="--compile: torch.compile does not .*: Failed to find C compiler.$"):
+        train.check_compiler(args)
 
 
 @torch.no_grad()
