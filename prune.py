@@ -380,10 +380,9 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
             mask = keep_mask(score, sparsity, whole)
             if dsnot_follows and swapped:
                 mask = dsnot(rows, mask, score, s, sparsity, settings.dsnot_cycles, settings.dsnot_threshold)
-            # a product would leave -0 of a negative weight, which a .pt stores as a survivor
-            rows.masked_fill_(~mask, 0)
+            rows.mul_(mask).add_(0.0)  # the sum makes 0 of a product's -0, which a .pt would store as a survivor
     change = ((s.sample @ W.T).float() - y).norm() / y.norm().clamp_min(1e-30)  # a linear of zeros has y = 0
-    return {"zeros": W.numel() - int(W.count_nonzero()), "size": W.numel(), "error": change.item()}
+    return {"zeros": int((W == 0).sum()), "size": W.numel(), "error": change.item()}
 
 
 def score_weights(W: Tensor, s: Statistics, method: str) -> Tensor:
@@ -410,8 +409,13 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     else:
         groups = score.reshape(1, -1) if whole else score
         k = int(groups.shape[1] * sparsity)
-    lowest = groups.argsort(dim=1, stable=True)[:, :k]  # stable: equal scores stay in the order of their columns
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score.shape)
+    # A key without ties, which takes no sorting: above, the bits of a float32, which are in order as an integer too, if
+    # those of a negative one count backwards; below, the column.
+    bits = groups.float().view(torch.int32)
+    order = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    key = order.long().bitwise_left_shift_(32).add_(torch.arange(groups.shape[1], device=score.device))
+    lowest_kept = key.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return (key >= lowest_kept).reshape(score.shape)
 
 
 def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int = 128) -> Tensor:
