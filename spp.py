@@ -331,7 +331,8 @@ def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tens
 def spp_weight(
     W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool, kernel: bool = False
 ) -> Tensor:
-    """W^ (m, n), in W's dtype. On a GPU one kernel, which reads W and writes W^: 4 bytes a weight in bfloat16."""
+    """W^ (m, n), in W's dtype, by blocks of rows; or, always on a GPU, in one kernel, which reads W and writes W^: 4
+    bytes a weight in bfloat16."""
     (r, n), m = alpha.shape, len(beta)
     if kernel or W.is_cuda:
         return in_one_kernel(form, W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
@@ -345,7 +346,7 @@ def spp_weight(
 def spp_gradients(
     G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, kernel: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n)."""
+    """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n), by blocks of rows or by a kernel."""
     r, n = alpha.shape
     if kernel or G.is_cuda:
         d_alpha, d_beta = in_one_kernel(reduce, G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
@@ -367,7 +368,7 @@ def spp_gradients(
 def spp_product(
     x: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool
 ) -> Tensor:
-    if not W.is_cuda:
+    if not W.is_cuda:  # a GPU's kernel unpacks too
         W, bits = unpack(W, bits, x.shape[-1]), None
     return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype))
 
@@ -386,7 +387,7 @@ def spp_product_gradients(
 ) -> list[Tensor]:
     """The gradients of x, if it needs one, alpha and beta: `EffectiveMatmul.backward` of SPP."""
     if not W.is_cuda:
-        W, bits = unpack(W, bits, x.shape[-1]), None  # once for both; on a GPU it is a part of their kernels
+        W, bits = unpack(W, bits, x.shape[-1]), None  # once for both kernels
     W_hat = spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype)
     dx = [g @ W_hat] if needs_dx else []
     G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=W_hat)
