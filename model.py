@@ -81,7 +81,7 @@ class LlamaConfig:
         """`check_window`, and a note if sequences of n tokens are longer than those that the model was trained on."""
         self.check_window(n, what)
         positions = self.max_position_embeddings
-        if positions is not None and n > positions and int(os.environ.get("RANK", 0)) == 0:
+        if positions is not None and n > positions and is_first_process():
             print(f"note: {what}: {n} tokens are more than the model's {positions} positions", file=sys.stderr)
 
 
@@ -840,7 +840,7 @@ def check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; --device cpu runs without one")
     blind = torch.version.cuda is not None and not torch.cuda.is_available()  # most often an old driver
-    if blind and int(os.environ.get("RANK", 0)) == 0:  # a run of days would otherwise start on the CPU without a word
+    if blind and is_first_process():  # a run of days would otherwise start on the CPU without a word
         print("note: torch is built for CUDA but sees no GPU; this runs on the CPU", file=sys.stderr)
     # float32 means float32: the environment may have turned on TF32, which keeps 10 bits of a product's factors
     torch.set_float32_matmul_precision("highest")
@@ -852,6 +852,11 @@ def check_device(device: str) -> None:
 def world_size() -> int:
     """The number of processes that torchrun has started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, which alone prints and writes; True without torchrun."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def join_processes(device: str) -> tuple[int, int]:

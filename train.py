@@ -58,7 +58,8 @@ from data.checkpoint import checked_file, digest, lock, read_json, read_npy, sav
 from data.checkpoint import write_json
 from data.tokenizer import load_tokenizer
 from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device, cli, common_dtype, cut_into_batches
-from model import from_weights, join_processes, number, open_llama, save, sparsity_of, tokenizer_of, world_size
+from model import from_weights, is_first_process, join_processes, number, open_llama, save, sparsity_of, tokenizer_of
+from model import world_size
 from prune import Pattern, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
 from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, compile_error, inject, merge_checkpoint
 from spp import write_adapter
@@ -156,7 +157,7 @@ def main() -> None:
     # start: steps done; first: the validation loss before the run; best: that of what merged.pt will hold
     start, first, best = 0, math.inf, math.inf  # inf: none yet
     base = run_id = None  # what the adapter belongs to, and the states: rank 0 alone knows and writes it
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         check_compiler(args)
         args.resume = args.resume or restarted(out_dir)
         base = ckpt.fingerprint() if args.ckpt else args.preset
@@ -851,14 +852,13 @@ def catch_signals() -> list[int]:
 
     Within a second of the first, another is the same one: torchrun sends its own to a group that was sent one.
     """
-    first_rank = int(os.environ.get("RANK", 0)) == 0
     caught, times = [], []
 
     def catch(number: int, frame: FrameType | None) -> None:
         if times and time.monotonic() - times[0] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not caught and first_rank:  # os.write: a handler may interrupt a print
+        if not caught and is_first_process():  # os.write: a handler may interrupt a print
             os.write(2, b"\nstopping when this step, or the merge, is done; once more ends it at once\n")
         caught.append(number)
         times.append(time.monotonic())
