@@ -711,9 +711,9 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
     settings = old.get("settings")
     if not isinstance(settings, dict) or old.keys() != config.keys():
         raise UserError(f"--resume: {file} is not as train.py wrote it; name another --out_dir")
-    for key in ("base", "data"):
+    for key, what, where in (("base", "weights", args.ckpt or args.preset), ("data", "data", args.data)):
         if old[key] != config[key]:
-            raise UserError(f"--resume: {out_dir} was run with another {key} ({old[key]}, now {config[key]})")
+            raise UserError(f"--resume: {out_dir} was run with other {what} than {where} holds now")
     for key, now in same.items():
         before = settings.get(key)
         if before != now:
