@@ -134,13 +134,15 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T)."""
+def rope_tables(
+    config: LlamaConfig, positions: Tensor, dtype: torch.dtype, seq_len: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T), all below seq_len."""
     d, theta, length = config.head_dim, config.rope_theta, config.max_position_embeddings
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type")
     if kind == "dynamic" or config.sliding_window:
-        seq_len = int(positions.max()) + 1  # only then: on a GPU this waits for the device
+        seq_len = seq_len or int(positions.max()) + 1  # only where nothing else tells it: this waits for a GPU
         config.check_window(seq_len)
     if kind == "dynamic":  # the base is stretched once a sequence outgrows the training length
         stretch = scaling["factor"] * max(seq_len, length) / length - (scaling["factor"] - 1)
@@ -271,11 +273,12 @@ class Llama(nn.Module):
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         keys = torch.arange(past + tokens.shape[1], device=tokens.device)
+        seq_len = len(keys) if positions is None else None
         positions = keys[past:] if positions is None else positions
         # SDPA's own causal flag aligns the first query with the first key: not ours where there is a past
         mask = keys <= keys[past:, None] if past else None
         x = self.model.embed_tokens(tokens)
-        cos, sin = rope_tables(self.config, positions, x.dtype)
+        cos, sin = rope_tables(self.config, positions, x.dtype, seq_len)
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 assert cache is None, "what the backward pass runs again would fill the cache again"

@@ -405,15 +405,16 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
         n, m = sparsity
         if score.shape[1] % m:
             raise UserError(f"--sparsity {n}:{m}: a matrix has {score.shape[1]} columns, no multiple of {m}")
-        groups, k = score.reshape(-1, m), m - n
-    else:
-        groups = score.reshape(1, -1) if whole else score
-        k = int(groups.shape[1] * sparsity)
-    # A key without ties, which takes no sorting: above, the bits of a float32, which are in order as an integer too, if
-    # those of a negative one count backwards; below, the column.
-    bits = groups.float().view(torch.int32)
+        groups = score.reshape(-1, m)
+        lowest = groups.argsort(dim=1, stable=True)[:, : m - n]  # stable: of equal scores the left one comes first
+        return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score.shape)
+    rows = score.reshape(1, -1) if whole else score
+    # Sorting a long row takes several times as long as finding the lowest that stays, by a key without ties. Above: the
+    # bits of a float32, which as an integer are in order too, if those of a negative one are inverted. Below: a column.
+    bits = rows.float().view(torch.int32)
     order = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    key = order.long().bitwise_left_shift_(32).add_(torch.arange(groups.shape[1], device=score.device))
+    key = order.long().bitwise_left_shift_(32).add_(torch.arange(rows.shape[1], device=score.device))
+    k = int(rows.shape[1] * sparsity)
     lowest_kept = key.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     return (key >= lowest_kept).reshape(score.shape)
 
