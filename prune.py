@@ -238,7 +238,9 @@ def prune_model(
     if not all(isinstance(block.get_submodule(name), nn.Linear) for block in model.model.layers for name in LINEARS):
         raise UserError("the model has adapters: merge them before pruning")
     tokens = check_calib(calib, model.config.vocab_size).to(model.lm_head.weight.device)
-    precision = torch.get_float32_matmul_precision()
+    precision = "highest"
+    with contextlib.suppress(RuntimeError):  # of a caller who set it by torch's newer switches, which are left at this
+        precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the caller may have TF32 on
     try:
         x = model.model.embed_tokens(tokens)  # (sequences, T, hidden_size)

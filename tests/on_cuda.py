@@ -42,6 +42,9 @@ REAL = torch.version.cuda is not None  # runs/gpu.sh: the commands' results are 
 # the pretended GPU
 
 
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
 class OnGpu(torch.Tensor):
     """A tensor on cuda:0, whose values are in `held`, on the CPU."""
 
@@ -76,6 +79,7 @@ class Gpu(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.copied, self.kernels, self.scores = (collections.Counter() for _ in range(4))
+        self.pinned = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -86,16 +90,15 @@ class Gpu(TorchDispatchMode):
         if name == "is_pinned":
             return False
         if name == "_pin_memory":
+            self.pinned.append(args[0])
             return args[0]
-        if name == "_fused_sdp_choice":
-            self.choose_attention(*args, **kwargs)
-            return 0  # the one that takes everything
         if on and name not in ("copy_", "_to_copy"):
             assert all(x.dim() == 0 for x in off), f"{name}: tensors of the GPU and of the CPU, at {line()}"
         if (on and to_cpu) or (off and to_gpu and name in ("copy_", "_to_copy")):
             if to_gpu:
                 self.copied[line()] += off[0].nbytes
-            if to_cpu or not kwargs.get("non_blocking"):
+            # what is not pinned is copied before the CPU goes on, whatever was asked for
+            if to_cpu or not kwargs.get("non_blocking") or all(off[0] is not x for x in self.pinned):
                 self.waits[line()] += 1
         by_mask = name in ("index", "index_put", "index_put_") and any(
             x is not None and x.dtype == torch.bool for x in args[1] if on
@@ -115,13 +118,14 @@ class Gpu(TorchDispatchMode):
         known = {id(x.held): x for x in on}
         return tree_map(lambda x: known.get(id(x), OnGpu(x)) if isinstance(x, Tensor) else x, out)
 
-    def choose_attention(self, q, k, v, mask=None, dropout=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """By torch's rules: flash takes 16 bits and no mask, the memory-efficient one no grouped keys."""
+    def attention(self, q, k, v, attn_mask=None, **options):
+        """By torch's rules flash takes 16 bits and no mask, the memory-efficient kernel no grouped keys."""
         in_rows = all(x.stride(-1) == 1 for x in (q, k, v))
-        flash = in_rows and mask is None and q.dtype != torch.float32
+        flash = in_rows and attn_mask is None and q.dtype != torch.float32
         efficient = in_rows and q.shape[1] == k.shape[1]
-        if not flash and not efficient:
+        if q.is_cuda and not flash and not efficient:
             self.scores[line()] += 1
+        return SDPA(q, k, v, attn_mask=attn_mask, **options)
 
 
 def on_cpu(x):
@@ -174,7 +178,9 @@ def gpu():
     with cuda_is_there(80 * 2**30), Gpu() as counted:
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") passes by
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to(): a new kind of tensor
-        yield counted
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted.attention)
+            yield counted
         torch._C._set_only_lift_cpu_tensors(False)
 
 
@@ -282,13 +288,38 @@ def test_evaluate_gives_the_scores_of_the_cpu(random_checkpoint, tmp_path):
 # budgets: what is waited for, moved and started
 
 
-def test_a_step_waits_for_the_gpu_as_often_however_many_micro_batches_it_has(pruned, tmp_path):
-    waits = []
+def test_a_gpu_computes_in_float32_without_cudnns_attention(random_checkpoint, tmp_path, monkeypatch):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with gpu() as counted:
+        model.check_device("cuda")
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.cudnn_sdp_enabled()
+        assert prune.check_calib(torch.zeros(2, 3, dtype=torch.int64, device="cuda"), 9).device.type == "cpu"
+        C = 8
+        s = prune.Statistics(
+            *(torch.zeros(n, C, device="cuda") for n in (1, 0)), hessian=torch.zeros(C, C, device="cuda")
+        )
+        s.add(torch.ones(1, 2, C, dtype=torch.bfloat16, device="cuda"), 1, 1)
+        assert counted.kernels["mm"] == 4 and not counted.kernels["addmm_"]  # by the tensor cores
+
+
+def test_an_unfinished_pruning_knows_its_gpu(random_checkpoint, tmp_path, monkeypatch):
+    np.save(tmp_path / "calib.npy", np.zeros((2, 48), dtype=np.int32))
+    monkeypatch.setattr(prune, "prune_block", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flags = ["--calib", tmp_path / "calib.npy", "--out", tmp_path / "out", "--device", "cuda"]
+        run(prune.main, "--ckpt", random_checkpoint, *flags)
+    assert json.loads((tmp_path / "out.partial" / "job.json").read_text())["device"] == "pretended"
+
+
+def test_a_step_waits_for_the_gpu_as_often_however_many_micro_batches_it_has(pruned, tmp_path, monkeypatch):
+    adamw, waits, fused = torch.optim.AdamW, [], []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kw: fused.append(kw["fused"]) or adamw(*args, **kw))
     for max_tokens in (80, 400):
         flags = [*training(pruned, "--max_tokens", max_tokens), "--eval_interval", 1000]
         counted = run(train.main, "--device", "cuda", "--out_dir", tmp_path / str(max_tokens), *flags)
         waits.append(sum(counted.waits.values()))
-    assert waits[0] == waits[1]
+    assert waits[0] == waits[1] and fused == [True, True]
     # three steps, the loss, the norm and the flag of each; beside them two validations and what is loaded and saved
     in_steps = [
         n for text, n in counted.waits.items() if ".item()" in text and "n_targets" in text or "grad_norm" in text
@@ -301,7 +332,7 @@ def test_a_micro_batch_moves_its_tokens_and_targets_and_waits_for_nothing(pruned
     args = train.make_parser().parse_args("--preset test --rank 4 --dtype float32".split())
     kernels = []
     for layers in (1, 2):
-        config = dataclasses.replace(PRESETS["test"], num_hidden_layers=layers)
+        config = dataclasses.replace(PRESETS["test"], num_hidden_layers=layers, sliding_window=64)
         with gpu() as counted:
             model = train.build(args, config)
             train.materialise(model, Llama(config).state_dict(), 0, "cuda")
@@ -341,7 +372,7 @@ class Answers(TorchDispatchMode):
 
 
 def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-    """The kernel that torch takes on a GPU, by its rules (see Gpu.choose_attention)."""
+    """The kernel that torch takes on a GPU, by its rules (see Gpu.attention)."""
     aten = torch.ops.aten
     if attn_mask is None and q.dtype != torch.float32:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]

@@ -57,6 +57,8 @@ def test_float32_means_float32_whatever_the_caller_has_set(model, calib):
     try:
         prune_model(model, calib, "sparsegpt", "0.5")
         assert torch.get_float32_matmul_precision() == "medium"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer switch, after which the older one cannot be read
+        prune_model(copy.deepcopy(twin), calib[:1], "wanda", "0.75")
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(w.equal(targets(twin)[name]) for name, w in targets(model).items())
@@ -241,6 +243,13 @@ def test_dsnot_equals_the_rule_written_out_for_one_row():
         for i in range(40):
             assert ours[i].tolist() == dsnot_row(W[i], mask[i], score[i], s, sparsity, 6, 0.1)
         assert ours.sum() == mask.sum() and not ours.equal(mask)
+
+
+def test_dsnot_ends_when_no_row_is_left():
+    W = torch.randn(4, 8)
+    s = Statistics(torch.rand(8), None, torch.randn(8), torch.rand(8) + 0.1)
+    mask = keep_mask(W.abs(), 0.5)
+    assert prune.dsnot(W, mask, W.abs(), s, 0.5, 10**9, math.inf).equal(mask)
 
 
 def dsnot_row(w, mask, score, s, sparsity, cycles, threshold) -> list[bool]:
