@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.step import random_2of4  # noqa: E402
 from data.checkpoint import UserError  # noqa: E402
 from evaluate import to_semi_structured  # noqa: E402
-from model import PRESETS, Parser, cli, number  # noqa: E402
+from model import PRESETS, Parser, check_device, cli, number  # noqa: E402
 
 
 def seconds(function, repeats: int = 20) -> float:
@@ -43,6 +43,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("needs an NVIDIA GPU of compute capability 8.0 or later")
+    check_device("cuda")
     config, dtype = PRESETS[args.preset], getattr(torch, args.dtype)
     model = random_2of4(config, dtype, "cuda").requires_grad_(False)
     gpu = torch.cuda.get_device_name()

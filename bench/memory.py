@@ -138,6 +138,9 @@ def estimate(args: argparse.Namespace, model: Llama, rows: int, T: int) -> dict[
         # whole at the same time: the block at work, the one fetched ahead, and what lies outside of the blocks
         block = sum(p.nbytes for p in model.model.layers[0].parameters())
         temporaries += 2 * block + (total - n_layers * block)
+        if args.method == "masked":  # whose gradients are sharded after each block, not after each step
+            two_blocks = 2 * sum(p.nbytes for p in model.model.layers[0].parameters() if p.requires_grad)
+            temporaries -= (learning - two_blocks) * (shards - 1) / shards
     elif args.processes > 1:
         temporaries += learning  # the buckets in which DDP exchanges gradients
     return {
