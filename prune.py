@@ -413,7 +413,7 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     rows = score.reshape(1, -1) if whole else score
     # Sorting a long row takes several times as long as finding the lowest that stays, by a key without ties. Above: the
     # bits of a float32, which as an integer are in order too, if those of a negative one are inverted. Below: a column.
-    bits = rows.float().view(torch.int32)
+    bits = (rows.float() + 0.0).view(torch.int32)  # -0 is 0
     order = bits ^ (bits >> 31 & 0x7FFFFFFF)
     key = order.long().bitwise_left_shift_(32).add_(torch.arange(rows.shape[1], device=score.device))
     k = int(rows.shape[1] * sparsity)

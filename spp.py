@@ -259,17 +259,23 @@ class EffectiveMatmul(torch.autograd.Function):
         x, stored, bits, *factors = ctx.saved_tensors
         W = unpack(stored, bits, x.shape[-1])
         W_hat = ctx.effective_weight(W, *factors).to(x.dtype)
+        g = g.to(x.dtype)  # under autocast the output, and so its gradient, has another
         dx = g @ W_hat if ctx.needs_input_grad[0] else None  # the first block's inputs come from frozen embeddings
         d_W, d_factors = None, [None] * len(factors)
         if any(ctx.needs_input_grad[1:]):
             buffer = None if W_hat is W else W_hat  # W^ may be W itself (`masked`), which G must not overwrite
-            G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=buffer)  # (m, T) @ (T, n), in the memory of W^
+            G = torch.mm(as_rows(g).T, as_rows(x), out=buffer)  # (m, T) @ (T, n), in the memory of W^
             d_W, *d_factors = ctx.factor_gradients(G, W, *factors)
         if d_W is not None and bits is not None:
             # that of the survivors; their number is known, where a boolean index would wait for a GPU to count them
             places = unpack_mask(bits, x.shape[-1]).flatten().nonzero_static(size=len(stored))
             d_W = d_W.flatten()[places.squeeze(1)]
         return dx, None, None, d_W, None, *d_factors
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., n) as (T, n); an x (n,) is one token."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def form(
@@ -304,7 +310,8 @@ def compile_error(device: str) -> str | None:
     try:
         compiled(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as e:  # of torch's compiler, Triton, subprocess, ...
-        return str(e).strip().partition("\n")[0]
+        lines = [line.strip() for line in str(e).splitlines() if line.strip() and not line.endswith("raised:")]
+        return next((line for line in lines if " error: " in line), lines[0] if lines else type(e).__name__)
     return None
 
 
@@ -390,7 +397,7 @@ def spp_product_gradients(
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both kernels
     W_hat = spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype)
     dx = [g @ W_hat] if needs_dx else []
-    G = torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out=W_hat)
+    G = torch.mm(as_rows(g).T, as_rows(x), out=W_hat)
     return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale, kernel=True)]
 
 
@@ -408,7 +415,7 @@ def product_backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
 # shapes, for the compiler
 spp_product.register_fake(lambda x, W, bits, alpha, beta, *rest: x.new_empty(*x.shape[:-1], len(beta)))
 spp_product_gradients.register_fake(
-    lambda g, needs_dx, x, W, bits, *factors: [torch.empty_like(t) for t in ((x,) if needs_dx else ()) + factors[:2]]
+    lambda g, needs_dx, x, W, bits, *factors: [t.new_empty(t.shape) for t in ((x,) if needs_dx else ()) + factors[:2]]
 )
 spp_product.register_autograd(product_backward, setup_context=keep_inputs)
 

@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
-from spp import AdapterLinear, inject  # noqa: E402
+from spp import AdapterLinear, compile_error, inject  # noqa: E402
 
 FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full")
 
@@ -128,10 +128,10 @@ def work(args: argparse.Namespace, form: str, pipe: Connection) -> None:
         for seconds in steps(args, form):
             pipe.send((seconds, peak_memory(args.device)))
             pipe.recv()
-    except (torch.OutOfMemoryError, ImportError, UserError) as e:
-        pipe.send(str(e).splitlines()[0][:80])
     except EOFError:  # nobody asks any more
         return
+    except (RuntimeError, ImportError, UserError) as e:  # out of memory, for one
+        pipe.send(str(e).splitlines()[0])
 
 
 def alternate(args: argparse.Namespace, forms: list[str], seconds: dict[str, list], peaks: dict[str, int]) -> None:
@@ -170,6 +170,10 @@ def main():
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     check_device(args.device)
+    if args.width and args.width % 128:
+        raise UserError(f"--width {args.width}: is no multiple of 128, the size of a head")
+    if args.compile and (error := compile_error(args.device)):
+        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
     print(f"{device}, torch {torch.__version__}, {args.dtype}, {args.batch} x {args.length} tokens", flush=True)
     seconds, peaks = {}, {}

@@ -80,6 +80,19 @@ def test_every_form_has_the_outputs_and_gradients_of_equation_5(r, rows, n, toke
     assert max(errors(layer, x)) < 1e-5
 
 
+@pytest.mark.parametrize("is_compiled", (False, True))
+def test_an_input_may_be_one_token_or_in_any_order_or_under_autocast(monkeypatch, is_compiled):
+    monkeypatch.setattr(spp, "compiled", lambda function: function)
+    layer = spp_layer(64, 48, 16)
+    if is_compiled:
+        torch._dynamo.reset()
+        layer.compile(backend="aot_eager")
+    for x in (torch.randn(48), torch.randn(48, 7).T, torch.randn(3, 2, 48).transpose(0, 1), torch.randn(0, 48)):
+        assert max(errors(layer, x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert max(errors(layer, torch.randn(5, 48))) < 1e-2
+
+
 @pytest.mark.parametrize("matmul", FORMS)
 @pytest.mark.parametrize("r", (1, 16, 64))
 def test_float32_adapters_on_bf16_weights_come_within_2_percent_of_float64(matmul, r):
