@@ -56,6 +56,17 @@ def test_a_script_makes_every_row_of_its_table(commands):
         assert paper["rows"].keys() <= made, number
 
 
+def test_the_gpu_script_goes_on_after_a_failure_and_asks_for_flags_that_exist(scripts):
+    (scripts / "runs" / "demo.sh").write_text("false")
+    done = stubbed(scripts, "runs/gpu.sh")
+    assert done.returncode == 1 and done.stdout.endswith("\nfailed:\n  sh runs/demo.sh\n"), done.stderr
+    lines = [text.splitlines()[1:] for text in (scripts.parent / "words").read_text().split("\n\n") if text]
+    assert len(lines) == 6
+    for file, *flags in lines[1:]:
+        shown = subprocess.run([sys.executable, ROOT / file, "--help"], capture_output=True, text=True).stdout
+        assert all(flag in shown for flag in flags if flag.startswith("--")), file
+
+
 def test_flags_of_every_command_exist(commands):
     flags = {}
     for line in (line for lines in commands.values() for line in lines):
