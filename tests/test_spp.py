@@ -220,7 +220,9 @@ def test_compiled_kernels_have_the_outputs_and_gradients_of_equation_5(dtype, bo
 
 def test_where_nothing_can_be_compiled_a_gpu_does_without_kernels_and_compile_is_refused(monkeypatch, capsys):
     def compiled(function):
-        raise RuntimeError("Failed to find C compiler.\nmore")
+        raise RuntimeError(message)
+
+    message = "backend='inductor' raised:\nFailed to find C compiler.\nmore"
 
     monkeypatch.setattr(spp, "compiled", compiled)
     monkeypatch.setattr(spp, "compile_error", spp.compile_error.__wrapped__)  # the cache is of other tests' compilers
@@ -230,7 +232,8 @@ def test_where_nothing_can_be_compiled_a_gpu_does_without_kernels_and_compile_is
     train.check_compiler(args)
     assert capsys.readouterr().out.endswith("slower than it could be: Failed to find C compiler.\n")
     args.compile = True
-    with pytest.raises(UserError, match="--compile: torch.compile does not .*: Failed to find C compiler.$"):
+    message = "C++ compile error\n\nmain.cpp:1: fatal error: Python.h: No such file"
+    with pytest.raises(UserError, match="--compile: torch.compile does not .*: main.cpp:1: fatal error: Python.h: No"):
         train.check_compiler(args)
 
 
