@@ -373,8 +373,8 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
     if settings.method == "sparsegpt" and not dsnot_follows:
         W.copy_(sparsegpt(W, s.square == 0, s.U, sparsity))
     else:
-        # Rows do not depend on each other, but for magnitude's, which are compared in the whole matrix. Scores take 20
-        # bytes a weight, DSnoT 40, so no more of them are made at once than 16 million.
+        # Rows do not depend on each other, but for magnitude's, which are compared in the whole matrix. A mask takes up to
+        # 28 bytes a weight, DSnoT 44, so it is made of no more than 16 million at once.
         whole = settings.method == "magnitude" and not dsnot_follows and not isinstance(sparsity, tuple)
         rows_at_once = len(W) if whole else max(1, 2**24 // W.shape[1])
         for rows in W.split(rows_at_once):
@@ -413,9 +413,9 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
     rows = score.reshape(1, -1) if whole else score
     # Sorting a long row takes several times as long as finding the lowest that stays, by a key without ties. Above: the
     # bits of a float32, which as an integer are in order too, if those of a negative one are inverted. Below: a column.
-    bits = (rows.float() + 0.0).view(torch.int32)  # -0 is 0
-    order = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    key = order.long().bitwise_left_shift_(32).add_(torch.arange(rows.shape[1], device=score.device))
+    bits = (rows.float() + 0.0).view(torch.int32)  # a copy, whose -0 is 0
+    bits ^= bits >> 31 & 0x7FFFFFFF
+    key = bits.long().bitwise_left_shift_(32).add_(torch.arange(rows.shape[1], device=score.device))
     k = int(rows.shape[1] * sparsity)
     lowest_kept = key.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     return (key >= lowest_kept).reshape(score.shape)
