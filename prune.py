@@ -373,8 +373,8 @@ def prune_linear(linear: nn.Linear, s: Statistics, sparsity: Sparsity, settings:
     if settings.method == "sparsegpt" and not dsnot_follows:
         W.copy_(sparsegpt(W, s.square == 0, s.U, sparsity))
     else:
-        # Rows do not depend on each other, but for magnitude's, which are compared in the whole matrix. A mask takes up to
-        # 28 bytes a weight, DSnoT 44, so it is made of no more than 16 million at once.
+        # Rows do not depend on each other, but for magnitude's, which are compared in the whole matrix. A mask takes up
+        # to 28 bytes a weight to make, DSnoT 44, so no more of them are made at once than 16 million.
         whole = settings.method == "magnitude" and not dsnot_follows and not isinstance(sparsity, tuple)
         rows_at_once = len(W) if whole else max(1, 2**24 // W.shape[1])
         for rows in W.split(rows_at_once):
@@ -442,14 +442,15 @@ def sparsegpt(W: Tensor, dead: Tensor, U: Tensor, sparsity: Sparsity, slab: int 
         u = U[start:end, start:end]  # (slab, slab)
         w = W[:, start:end].T.contiguous()  # (slab, R): turned over, so that a column of W lies in one piece
         z = zeros[:, start:end].T.contiguous()  # (slab, R)
+        not_zero = (~z).to(w.dtype)
         errors = torch.empty_like(w)
         for first in range(0, end - start, group):
             columns = slice(first, first + group)
             score = (w[columns].T / u.diagonal()[columns]).square_()  # (R, group)
             score.masked_fill_(z[columns].T, -1)  # below every other
-            keep = keep_mask(score, sparsity, whole=True).T & ~z[columns]  # (group, R)
-            for j, kept in enumerate(keep, first):
-                torch.div(w[j].masked_fill(kept, 0), u[j, j], out=errors[j])  # what goes, on the column's own scale
+            keep = keep_mask(score, sparsity, whole=True).T * not_zero[columns]  # (group, R), numbers: 1 or 0
+            for j, (kept, gone) in enumerate(zip(keep, 1 - keep, strict=True), first):
+                torch.mul(w[j], gone, out=errors[j]).div_(u[j, j])  # what goes, on the column's own scale
                 # Column j itself becomes w_j - err_j u_jj, for what goes 0 but for rounding; mul_ makes it exactly 0.
                 w[j:].addcmul_(u[j, j:, None], errors[j], value=-1)
                 w[j].mul_(kept)
