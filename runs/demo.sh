@@ -26,7 +26,7 @@ fi
 
 mkdir -p out
 exec 9> out/.demo.lock # and every command below holds it too, until all have ended
-if ! flock -n 9; then
+if ! flock -w 2 9; then # in two seconds what was killed has ended
     echo "$0: error: another demo is at work in out/" >&2
     exit 1
 fi
