@@ -279,6 +279,17 @@ def test_the_adapter_does_not_depend_on_how_the_work_is_cut(world, alone, tmp_pa
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.stress
+def test_masked_training_under_fsdp_sums_its_gradients_over_micro_batches(world, tmp_path):
+    """They are exchanged after each, where other methods' are kept until the last."""
+    flags = ("--method", "masked", "--lr", 0.003)
+    one, log = finished(world, tmp_path / "one", *flags)
+    two, other = finished(world, tmp_path / "two", *flags, "--fsdp", processes=2)
+    assert difference(one, two) < 1e-4
+    for mine, theirs in zip(log, other, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
 def test_a_process_of_fsdp_reads_and_holds_only_its_rows(tmp_path):
     """Peak resident memory of each of 4 processes grows by less than 40% of the weights' bytes."""
     model = Llama(LlamaConfig(1000, 1024, 2816, num_hidden_layers=4, num_attention_heads=8))
