@@ -175,6 +175,7 @@ class Attention(nn.Module):
         super().__init__()
         c = config
         self.head_dim = c.head_dim
+        self.grouped = c.num_key_value_heads < c.num_attention_heads  # several query heads share a key-value head
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
@@ -193,14 +194,15 @@ class Attention(nn.Module):
                 k = torch.cat([cache[0].expand(B, -1, -1, -1), k], 2)  # (B, key-value heads, past + T, head_dim)
                 v = torch.cat([cache[1].expand(B, -1, -1, -1), v], 2)
             cache[:] = [k, v]
-        groups = q.shape[1] // k.shape[1]  # query heads that share a key-value head
-        if groups > 1 and x.is_cuda and (mask is not None or x.dtype == torch.float32):
+        grouped = self.grouped  # not asked of q and k, whose shapes torch.compile may know as symbols only
+        if grouped and x.is_cuda and (mask is not None or x.dtype == torch.float32):
             # Flash attention takes no mask and no float32, the memory-efficient kernel no groups: with both, torch
             # would fall back on the kernel that holds the scores of every head, T x (past + T), in memory.
+            groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, query heads, past + T, ...)
-            groups = 1
+            grouped = False
         # Without a mask attention is causal.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, prune_by_magnitude
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, metrics
 from torch._inductor import config as inductor_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import spp
@@ -188,6 +191,27 @@ def test_compiled_blocks_have_no_graph_break_and_learn_the_same(monkeypatch, met
             torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=name)
     assert not counters["graph_break"] and not counters["recompile_limit"], counters
     assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.stress
+def test_compiled_blocks_have_no_graph_break_under_fsdp(monkeypatch):
+    """Where torch knows every size of a module as a symbol."""
+    monkeypatch.setattr(spp, "compiled", lambda function: function)
+    torch._dynamo.reset()
+    counters.clear()
+    args = train.make_parser().parse_args("--preset test --rank 4 --dtype float32 --fsdp".split())
+    model = train.build(args, PRESETS["test"])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        train.materialise(model, Llama(PRESETS["test"]).state_dict(), 0, "cpu", init_device_mesh("cpu", (2,)))
+        for block in model.model.layers:
+            block.compile(dynamic=True, backend="aot_eager")
+        for T in (9, 12, 17):
+            tokens = torch.randint(0, 256, (2, T))
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+    finally:
+        dist.destroy_process_group()
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"], counters
 
 
 def test_compiled_spp_saves_no_weight(monkeypatch):
