@@ -137,7 +137,8 @@ class RMSNorm(nn.Module):
 def rope_tables(
     config: LlamaConfig, positions: Tensor, dtype: torch.dtype, seq_len: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T), all below seq_len."""
+    """Cosines and sines of the rotary embedding, each (..., T, head_dim), for positions (..., T). seq_len: the whole
+    sequence's length, by default the last position + 1."""
     d, theta, length = config.head_dim, config.rope_theta, config.max_position_embeddings
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type")
@@ -275,8 +276,9 @@ class Llama(nn.Module):
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         keys = torch.arange(past + tokens.shape[1], device=tokens.device)
-        seq_len = len(keys) if positions is None else None
-        positions = keys[past:] if positions is None else positions
+        seq_len = None
+        if positions is None:
+            positions, seq_len = keys[past:], len(keys)
         # SDPA's own causal flag aligns the first query with the first key: not ours where there is a past
         mask = keys <= keys[past:, None] if past else None
         x = self.model.embed_tokens(tokens)

@@ -315,6 +315,12 @@ def compile_error(device: str) -> str | None:
     return None
 
 
+def check_compile(device: str) -> None:
+    """UserError where --compile would not work."""
+    if error := compile_error(device):
+        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
+
+
 def in_one_kernel(function: Callable, *args: Any) -> Any:
     """function(*args), compiled where that is possible. The first argument is a tensor."""
     # a block as a whole is being compiled, in evaluation mode; or nothing can be

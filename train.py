@@ -61,8 +61,8 @@ from model import PRESETS, Llama, LlamaConfig, Parser, add_device, check_device,
 from model import from_weights, is_first_process, join_processes, number, open_llama, save, sparsity_of, tokenizer_of
 from model import world_size
 from prune import Pattern, check_pattern, keep_mask, parse_sparsity, sparsity_of_linear
-from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, compile_error, inject, merge_checkpoint
-from spp import write_adapter
+from spp import METHODS, AdapterLinear, DynamicLinear, SPPLinear, adapter_state, check_compile, compile_error, inject
+from spp import merge_checkpoint, write_adapter
 
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
@@ -352,10 +352,9 @@ def check_settings(args: argparse.Namespace) -> None:
 def check_compiler(args: argparse.Namespace) -> None:
     """Refuses --compile where torch.compile does not work, and says so where SPP has to do without its GPU kernels."""
     kernels = args.device == "cuda" and args.method == "spp" and args.matmul == "fused"
-    error = compile_error(args.device) if args.compile or kernels else None
-    if error and args.compile:
-        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
-    if error:
+    if args.compile:
+        check_compile(args.device)
+    elif kernels and (error := compile_error(args.device)):
         tqdm.write(f"note: torch.compile does not work on this machine, so SPP is slower than it could be: {error}")
 
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.checkpoint import UserError  # noqa: E402
 from model import Parser, check_device, cli, number  # noqa: E402
-from spp import LoRALinear, SPPLinear, compile_error  # noqa: E402
+from spp import LoRALinear, SPPLinear, check_compile  # noqa: E402
 
 FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
 BASES = ("floor", "lora", "chunked")  # what a form's time is divided by
@@ -156,8 +155,8 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
     check_device(args.device)
-    if args.compile and (error := compile_error(args.device)):
-        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
+    if args.compile:
+        check_compile(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)
         # Once so much was freed, glibc keeps freed memory, as it does beside the larger tensors of a whole model; it

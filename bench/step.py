@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
-from spp import AdapterLinear, compile_error, inject  # noqa: E402
+from spp import AdapterLinear, check_compile, inject  # noqa: E402
 
 FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full")
 
@@ -172,8 +172,8 @@ def main():
     check_device(args.device)
     if args.width and args.width % 128:
         raise UserError(f"--width {args.width}: is no multiple of 128, the size of a head")
-    if args.compile and (error := compile_error(args.device)):
-        raise UserError(f"--compile: torch.compile does not work on this machine: {error}")
+    if args.compile:
+        check_compile(args.device)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
     print(f"{device}, torch {torch.__version__}, {args.dtype}, {args.batch} x {args.length} tokens", flush=True)
     seconds, peaks = {}, {}

@@ -288,7 +288,7 @@ def test_evaluate_gives_the_scores_of_the_cpu(random_checkpoint, tmp_path):
 # budgets: what is waited for, moved and started
 
 
-def test_a_gpu_computes_in_float32_without_cudnns_attention(random_checkpoint, tmp_path, monkeypatch):
+def test_a_gpu_computes_in_float32_without_cudnns_attention():
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(True)
     with gpu() as counted:
