@@ -278,25 +278,28 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def form(
-    W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool, out: Tensor | None = None
-) -> Tensor:
-    """W^ = W + scale * W~ of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n), the same
-    as (m, n), or survivors with their bits; alpha: (k, n), beta: (k, m/r). out: for W^, by default a new tensor."""
-    dtype = W.dtype
-    W = unpack(W, bits, alpha.shape[1]).view(len(alpha), -1, alpha.shape[1]).to(alpha.dtype)
-    room = out if dtype == alpha.dtype else None  # in float32 all is made where W^ will be
-    M = torch.mul((scale * beta)[:, :, None], alpha[:, None, :], out=room)  # outer products of betas with alpha_k
-    W_hat = torch.addcmul(W, W, M, out=M) if residual else M.mul_(W)
-    return W_hat.to(dtype) if out is None else out.copy_(W_hat)  # of itself a copy does nothing
+def form(W: Tensor, alpha: Tensor, beta: Tensor, residual: bool, out: Tensor | None = None) -> Tensor:
+    """W^ = W + W o alpha o beta of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n),
+    alpha: (k, 1, n), beta, times the scale: (k, m/r, 1). out: for W^, by default a new tensor."""
+    room = out if W.dtype == alpha.dtype else None  # in float32 all is made where W^ will be
+    M = torch.mul(beta, alpha, out=room)  # outer products of betas with alpha_k
+    w = W.to(alpha.dtype)
+    W_hat = torch.addcmul(w, w, M, out=M) if residual else M.mul_(w)
+    return W_hat.to(W.dtype) if out is None else out.copy_(W_hat)  # of itself a copy does nothing
 
 
-def reduce(
+def form_kernel(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
+    """W^ (r, m/r, n) from W (m, n) or its survivors, to be compiled: unpacking and forming in one kernel."""
+    r, _, n = alpha.shape
+    return form(unpack(W, bits, n).view(r, -1, n), alpha, scale * beta, residual)
+
+
+def reduce_kernel(
     G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d alpha (r, n) and d beta (r, m/r) from G (r, m/r, n), to be compiled: products and sums in one kernel."""
-    GW = G.to(alpha.dtype) * unpack(W, bits, alpha.shape[1]).view_as(G)
-    return scale * (GW * beta[:, :, None]).sum(1), scale * (GW * alpha[:, None, :]).sum(2)
+    """d alpha (r, n) and d beta (r, m/r) from G (r, m/r, n), to be compiled: unpacking, products and sums."""
+    GW = G.to(alpha.dtype) * unpack(W, bits, G.shape[2]).view_as(G)
+    return scale * (GW * beta).sum(1), scale * (GW * alpha).sum(2)
 
 
 @functools.cache  # compiled once, at the first use
@@ -331,14 +334,12 @@ def in_one_kernel(function: Callable, *args: Any) -> Any:
     return compiled(function)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
 
 
-def in_blocks(rows: int, alpha: Tensor, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields alpha (r, n) and tensors of m rows by the block of m/r rows that share an alpha, so that what is made of
-    one stays in a CPU's cache. Small blocks go several at a time, up to `rows` rows: at r = m a block is one row, and
-    one by one a pass would take a minute."""
-    r, m = len(alpha), len(of_rows[0])
-    views = [alpha, *(w.view(r, m // r, *w.shape[1:]) for w in of_rows)]
-    at_once = max(1, rows * r // m)  # blocks of m/r rows
-    return zip(*(view.split(at_once) for view in views), strict=True)
+def in_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields W (r, m/r, n) and other tensors of r blocks by one block of m/r rows, so that what is made of it stays in
+    a CPU's cache. Small blocks go several at a time, up to `rows` rows: at r = m a block is one row, and one by one a
+    pass would take a minute."""
+    at_once = max(1, rows // tensors[0].shape[1])
+    return zip(*(tensor.split(at_once) for tensor in tensors), strict=True)
 
 
 def spp_weight(
@@ -347,13 +348,14 @@ def spp_weight(
     """W^ (m, n), in W's dtype, by blocks of rows; or, always on a GPU, in one kernel, which reads W and writes W^: 4
     bytes a weight in bfloat16."""
     (r, n), m = alpha.shape, len(beta)
+    alpha, beta = alpha[:, None, :], beta.view(r, -1, 1)
     if kernel or W.is_cuda:
-        return in_one_kernel(form, W, bits, alpha, beta.view(r, -1), scale, residual).view(m, n)
-    W_hat = W.new_empty(m, n)
+        return in_one_kernel(form_kernel, W, bits, alpha, beta, scale, residual).view(m, n)
+    W_hat = W.new_empty(r, m // r, n)
     rows = 2**19 // n  # half a million weights, or one block where that is more
-    for alpha_k, W_k, beta_k, out in in_blocks(rows, alpha, unpack(W, bits, n), beta, W_hat):
-        form(W_k, None, alpha_k, beta_k, scale, residual, out)
-    return W_hat
+    for W_k, alpha_k, beta_k, out in in_blocks(rows, unpack(W, bits, n).view_as(W_hat), alpha, scale * beta, W_hat):
+        form(W_k, alpha_k, beta_k, residual, out)
+    return W_hat.view(m, n)
 
 
 def spp_gradients(
@@ -361,16 +363,17 @@ def spp_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n), by blocks of rows or by a kernel."""
     r, n = alpha.shape
+    G, alpha, beta = G.view(r, -1, n), alpha[:, None, :], beta.view(r, -1, 1)
     if kernel or G.is_cuda:
-        d_alpha, d_beta = in_one_kernel(reduce, G.view(r, -1, n), W, bits, alpha, beta.view(r, -1), scale)
+        d_alpha, d_beta = in_one_kernel(reduce_kernel, G, W, bits, alpha, beta, scale)
         return d_alpha, d_beta.flatten()
-    d_alphas, d_betas = [], []
-    # as a rule one block at a time: bmm is slower with more
-    for alpha_k, G_k, W_k, beta_k in in_blocks(64, alpha, G, unpack(W, bits, n), beta):
+    d_alpha, d_beta = torch.empty_like(alpha), torch.empty_like(beta)
+    blocks = G, unpack(W, bits, n).view_as(G), alpha.mT, beta.mT, d_alpha, d_beta
+    for G_k, W_k, alpha_k, beta_k, d_alpha_k, d_beta_k in in_blocks(64, *blocks):  # bmm is slower with more at once
         GW = G_k.to(alpha.dtype).mul_(W_k)  # (k, m/r, n); in float32 in the memory of G
-        d_alphas.append(torch.bmm(beta_k[:, None, :], GW))  # (k, 1, m/r) @ (k, m/r, n)
-        d_betas.append(torch.bmm(GW, alpha_k[:, :, None]))  # (k, m/r, n) @ (k, n, 1)
-    return scale * torch.cat(d_alphas).squeeze(1), scale * torch.cat(d_betas).flatten()
+        torch.bmm(beta_k, GW, out=d_alpha_k)  # (k, 1, m/r) @ (k, m/r, n)
+        torch.bmm(GW, alpha_k, out=d_beta_k)  # (k, m/r, n) @ (k, n, 1)
+    return scale * d_alpha.squeeze(1), scale * d_beta.flatten()
 
 
 # torch.compile would trace into EffectiveMatmul, and could then keep W^ for the backward pass. An operator is one node

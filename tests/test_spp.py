@@ -278,8 +278,8 @@ def test_kernels_are_compiled_a_few_times_whatever_number_of_weights_survives(mo
         values, bits = pack(torch.randn(32, 48) * (torch.rand(32, 48) < 0.05 * i + 0.2))
         W, alpha, beta = nn.Parameter(values), nn.Parameter(torch.randn(4, 48)), nn.Parameter(torch.randn(32))
         for args in (
-            (spp.form, W, bits, alpha, beta.view(4, -1), 2.0, True),
-            (spp.reduce, torch.randn(4, 8, 48), W, bits, alpha, beta.view(4, -1), 2.0),
+            (spp.form_kernel, W, bits, alpha[:, None], beta.view(4, -1, 1), 2.0, True),
+            (spp.reduce_kernel, torch.randn(4, 8, 48), W, bits, alpha[:, None], beta.view(4, -1, 1), 2.0),
         ):
             torch.testing.assert_close(spp.in_one_kernel(*args), args[0](*args[1:]))
     assert 2 <= len(graphs) <= 5
@@ -304,11 +304,11 @@ def test_a_weight_costs_12_to_16_bytes_of_memory_traffic():
     kernels twice. Compiled for a CPU, which takes two."""
     r, m, n = 16, 4096, 4096
     W, G = (torch.randn(r, m // r, n).bfloat16() for _ in range(2))
-    alpha, beta = torch.randn(r, n), torch.randn(r, m // r)
+    alpha, beta = torch.randn(r, 1, n), torch.randn(r, m // r, 1)
     small = 8 * (alpha.nbytes + beta.nbytes)  # the factors, and what is learned of them
-    forming = bytes_of(spp.form, W, None, alpha, beta, 2.0, True)
+    forming = bytes_of(spp.form_kernel, W, None, alpha, beta, 2.0, True)
     assert forming == pytest.approx(4 * m * n, abs=small)
-    reducing = bytes_of(spp.reduce, G, W, None, alpha, beta, 2.0)
+    reducing = bytes_of(spp.reduce_kernel, G, W, None, alpha, beta, 2.0)
     assert 4 * m * n <= reducing <= 8 * m * n + small
     assert 12 * m * n <= 2 * forming + reducing <= 16 * m * n + 3 * small
     # Over the floor of 3 units, by the speed of a GPU's memory and of its products, at so many tokens a micro-batch. 12
@@ -331,9 +331,9 @@ def test_a_packed_weight_costs_twice_as_much_memory_traffic_as_a_dense_one(monke
     r, m, n = 16, 1024, 1024
     W = torch.randn(m, n).bfloat16()
     values, bits = pack(W.masked_fill_(torch.rand(m, n) < zeros, 0))
-    G, alpha, beta = torch.randn(r, m // r, n).bfloat16(), torch.randn(r, n), torch.randn(r, m // r)
-    forming = bytes_of(spp.form, values, bits, alpha, beta, 2.0, True)
-    reducing = bytes_of(spp.reduce, G, values, bits, alpha, beta, 2.0)
+    G, alpha, beta = torch.randn(r, m // r, n).bfloat16(), torch.randn(r, 1, n), torch.randn(r, m // r, 1)
+    forming = bytes_of(spp.form_kernel, values, bits, alpha, beta, 2.0, True)
+    reducing = bytes_of(spp.reduce_kernel, G, values, bits, alpha, beta, 2.0)
     assert (2 * forming + reducing) / (m * n) == pytest.approx(expected, rel=0.05)
 
 
