@@ -352,7 +352,8 @@ def spp_weight(
     if kernel or W.is_cuda:
         return in_one_kernel(form_kernel, W, bits, alpha, beta, scale, residual).view(m, n)
     W_hat = W.new_empty(r, m // r, n)
-    rows = 2**19 // n  # half a million weights, or one block where that is more
+    # float32 is formed in place; other dtypes by two float32 buffers, which stay in a cache of a megabyte
+    rows = (2**19 if W.dtype == torch.float32 else 2**17) // n
     for W_k, alpha_k, beta_k, out in in_blocks(rows, unpack(W, bits, n).view_as(W_hat), alpha, scale * beta, W_hat):
         form(W_k, alpha_k, beta_k, residual, out)
     return W_hat.view(m, n)
