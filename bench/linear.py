@@ -10,6 +10,7 @@ the rounds' ratios. On a CPU time is the process's own, so that other processes'
 T x n by n x m, 2*T*m*n FLOPs. Floors: a frozen linear (2 units), and one whose weight gets a gradient (3 units).
 """
 
+import ctypes
 import platform
 import statistics
 import sys
@@ -159,9 +160,11 @@ def main():
         check_compile(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)
-        # Once so much was freed, glibc keeps freed memory, as it does beside the larger tensors of a whole model; it
-        # would give W^'s back after each pass, and the next would wait for its pages.
-        torch.empty(2**23 - 2**13)
+        if sys.platform == "linux":
+            # glibc keeps what is freed: it would give large tensors back, and the next form would wait for their pages.
+            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         shapes = [(T, 1024, m) for T in (64, 128, 512, 2048) for m in (1024, 2816)]
     else:
         shapes = [(4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]

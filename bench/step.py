@@ -4,8 +4,9 @@
     python bench/step.py --layers 4 --width 1024 --batch 4 --length 256 --forms fused packed checkpointed lora peft full
 
 Forms: `fused`, `chunked`, `repeat` (spp.py's), `packed` (fused, with survivors and bits), `checkpointed` (fused, with
-activation checkpointing), `lora` (ours, r = 8), and two peers where they are installed: `peft` (PEFT's LoRA, r = 8, on
-transformers' model) and `full` (all of transformers' model). Forward, backward, clipping, AdamW. Every form runs in a
+activation checkpointing), `lora` (ours, r = 8), and three peers on transformers' model, where it is installed: `peft`
+(PEFT's LoRA, r = 8), `full` (all weights) and `equation7` (`chunked`: where the authors have their layer, without their
+dropout). Forward, backward, clipping, AdamW. Every form runs in a
 process of its own, which has its own peak of memory; all take their steps in turn, so that a machine that slows down
 slows all of them, and the speed is the median of the rounds' ratios to the first. On a CPU time is the process's own.
 """
@@ -29,7 +30,8 @@ from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
 from spp import AdapterLinear, check_compile, inject  # noqa: E402
 
-FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full")
+FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full", "equation7")
+PEERS = FORMS[-3:]
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def build(args: argparse.Namespace, form: str) -> Llama:
 
 
 def peer(args: argparse.Namespace, form: str) -> nn.Module:
-    """transformers' model with the same weights, whole or under PEFT's LoRA."""
+    """transformers' model with the same weights: whole, under PEFT's LoRA, or with equation 7 in its linears."""
     import transformers
 
     model = random_2of4(shape(args), getattr(torch, args.dtype), args.device)
@@ -80,6 +82,8 @@ def peer(args: argparse.Namespace, form: str) -> nn.Module:
     theirs.to_empty(device=args.device)
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(args.device)  # buffers are in no checkpoint
+    if form == "equation7":
+        inject(theirs, matmul="chunked")
     if form == "peft":
         import peft
 
@@ -93,7 +97,7 @@ def steps(args: argparse.Namespace, form: str) -> Iterator[float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     clock = time.process_time if args.device == "cpu" else time.perf_counter
-    theirs = form in ("peft", "full")
+    theirs = form in PEERS
     model = peer(args, form) if theirs else build(args, form)
     if args.compile and not theirs:
         for block in model.model.layers:
