@@ -1167,6 +1167,20 @@ def test_what_cannot_be_semi_structured_is_refused(random_checkpoint, monkeypatc
         evaluate.to_semi_structured(model.model.layers[0], "layers.0")
 
 
+def test_semi_structured_linears_give_contiguous_rows(random_checkpoint, monkeypatch):
+    """As cuSPARSELt does, the hook before transposes what a linear writes."""
+    model, _ = load(random_checkpoint)
+    block, x = model.model.layers[0], torch.randn(2, 8, model.config.hidden_size)
+    for linear in (m for m in block.modules() if isinstance(m, torch.nn.Linear)):
+        linear.weight.data.view(-1, 4)[:, 2:] = 0
+        linear.register_forward_hook(lambda module, args, y: y.mT.contiguous().mT)
+    expected = block.self_attn.q_proj(x)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: w)
+    evaluate.to_semi_structured(block, "layers.0")
+    y = block.self_attn.q_proj(x)
+    assert y.equal(expected) and y.is_contiguous() and not expected.is_contiguous()
+
+
 def test_windows_longer_than_the_models_positions_are_noted_once(random_checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("Question: 0123456789 ? \n" * 60)
     for seqlen, times in ((129, 1), (128, 0)):

@@ -1,6 +1,7 @@
 """What prune.py promises: the official masks, exactly the number asked for, the same bytes after any kill."""
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -483,8 +486,48 @@ def test_a_run_killed_while_it_clears_away_leaves_nothing_that_another_command_t
     assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "alone" / "out.pt").read_bytes()
 
 
+def test_what_is_saved_behind_the_work_is_of_its_own_block(
+    random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
+):
+    """A block overwrites its inputs; those of the last one may still be on their way to the disk."""
+    save_inputs, saved = prune.save_inputs, {}
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *args):
+            future = super().submit(*args)
+            future.result()
+            return future
+
+    def late(work, i, x, *rest):
+        time.sleep(1)
+        saved.setdefault(i, []).append(x.clone())
+        save_inputs(work, i, x, *rest)
+
+    monkeypatch.setattr(prune, "save_inputs", late)
+    for kind, out in ((AtOnce, "one.pt"), (ThreadPoolExecutor, "two.pt")):
+        monkeypatch.setattr(prune, "ThreadPoolExecutor", kind)
+        assert run_here(random_checkpoint, tmp_path / out, calib_file, "--method", "wanda") == (0, "")
+    assert saved and all(one.equal(two) for one, two in saved.values())
+
+
+def test_inputs_that_cannot_be_saved_end_the_run_and_the_next_one_goes_on(
+    random_checkpoint, calib_file, tmp_path, run_here, monkeypatch
+):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags, out = ("--method", "wanda"), tmp_path / "out.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "save_inputs", full)
+        status, error = run_here(random_checkpoint, out, calib_file, *flags)
+    assert status == 2 and "No space left on device" in error and len(error.splitlines()) == 1 and not out.exists()
+    assert run_here(random_checkpoint, out, calib_file, *flags) == (0, "")
+
+
 HOLD = """
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from data.checkpoint import lock
 held = lock(Path(sys.argv[1]))
