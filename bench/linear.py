@@ -142,7 +142,7 @@ def plot(results: dict, path: str) -> None:
         ax.set_xticks([j + 0.3 for j in range(len(FORMS))], FORMS)
         ax.set_title(title, fontsize=10)
     axes[0].axhline(1, color="black", lw=0.5)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)  # where nothing is kept, it hides nothing
     fig.tight_layout()
     fig.savefig(path, dpi=80)
 
