@@ -281,11 +281,11 @@ def as_rows(x: Tensor) -> Tensor:
 def form(W: Tensor, alpha: Tensor, beta: Tensor, residual: bool, out: Tensor | None = None) -> Tensor:
     """W^ = W + W o alpha o beta of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n),
     alpha: (k, 1, n), beta, times the scale: (k, m/r, 1). out: for W^, by default a new tensor."""
-    room = out if W.dtype == alpha.dtype else None  # in float32 all is made where W^ will be
+    dtype, W = W.dtype, W.to(alpha.dtype)
+    room = out if dtype == alpha.dtype else None  # in float32 all is made where W^ will be
     M = torch.mul(beta, alpha, out=room)  # outer products of betas with alpha_k
-    w = W.to(alpha.dtype)
-    W_hat = torch.addcmul(w, w, M, out=M) if residual else M.mul_(w)
-    return W_hat.to(W.dtype) if out is None else out.copy_(W_hat)  # of itself a copy does nothing
+    W_hat = torch.addcmul(W, W, M, out=M) if residual else M.mul_(W)
+    return W_hat.to(dtype) if out is None else out.copy_(W_hat)  # of itself a copy does nothing
 
 
 def form_kernel(W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, residual: bool) -> Tensor:
