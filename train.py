@@ -533,7 +533,7 @@ class Plan:
 
 
 # What a micro-batch costs whatever its length (forming W^ and reducing G), as the number of tokens that take as long:
-# about 30 on a CPU in float32 and 130 in bfloat16 (measured, bench/linear.py), 500 on an H100 (counted: 12 bytes a
+# about 15 on a CPU in float32 and 100 in bfloat16 (measured, bench/linear.py), 500 on an H100 (counted: 12 bytes a
 # weight through its memory). One number between them, so that the cut, and with it rounding, does not depend on the
 # device.
 FIXED_COST = 250

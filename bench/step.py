@@ -5,10 +5,10 @@
 
 Forms: `fused`, `chunked`, `repeat` (spp.py's), `packed` (fused, with survivors and bits), `checkpointed` (fused, with
 activation checkpointing), `lora` (ours, r = 8), and three peers on transformers' model, where it is installed: `peft`
-(PEFT's LoRA, r = 8), `full` (all weights) and `equation7` (`chunked`: where the authors have their layer, without their
-dropout). Forward, backward, clipping, AdamW. Every form runs in a
-process of its own, which has its own peak of memory; all take their steps in turn, so that a machine that slows down
-slows all of them, and the speed is the median of the rounds' ratios to the first. On a CPU time is the process's own.
+(PEFT's LoRA, r = 8), `full` (all weights) and `equation7` (the authors' way: `chunked`, with their dropout). Forward,
+backward, clipping, AdamW. Every form runs in a process of its own, which has its own peak of memory; all take their
+steps in turn, so that a machine that slows down slows all of them, and the speed is the median of the rounds' ratios to
+the first. On a CPU time is the process's own.
 """
 
 import argparse
@@ -23,15 +23,23 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
-from spp import AdapterLinear, check_compile, inject  # noqa: E402
+from spp import TARGETS, AdapterLinear, SPPLinear, check_compile, inject  # noqa: E402
 
 FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full", "equation7")
 PEERS = FORMS[-3:]
+
+
+class Equation7(SPPLinear):
+    """What the authors' layer computes: the input of its branch is dropped out by 5%."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + super().forward(F.dropout(x, 0.05))
 
 
 @torch.no_grad()
@@ -84,11 +92,13 @@ def peer(args: argparse.Namespace, form: str) -> nn.Module:
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(args.device)  # buffers are in no checkpoint
     if form == "equation7":
         inject(theirs, matmul="chunked")
+        for layer in theirs.modules():
+            if isinstance(layer, SPPLinear):
+                layer.__class__, layer.residual = Equation7, False  # the branch alone
     if form == "peft":
         import peft
 
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=16, target_modules=[*TARGETS]))
     return theirs.train()
 
 
