@@ -279,8 +279,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def form(W: Tensor, alpha: Tensor, beta: Tensor, residual: bool, out: Tensor | None = None) -> Tensor:
-    """W^ = W + W o alpha o beta of k blocks of rows that share an alpha, (k, m/r, n), in W's dtype. W: (k, m/r, n),
-    alpha: (k, 1, n), beta, times the scale: (k, m/r, 1). out: for W^, by default a new tensor."""
+    """W^ = W + W o alpha o beta (without `residual` the product alone) of k blocks of rows that share an alpha, (k,
+    m/r, n), in W's dtype. W: (k, m/r, n), alpha: (k, 1, n), beta, times the scale: (k, m/r, 1). out: for W^, by default
+    a new tensor."""
     dtype, W = W.dtype, W.to(alpha.dtype)
     room = out if dtype == alpha.dtype else None  # in float32 all is made where W^ will be
     M = torch.mul(beta, alpha, out=room)  # outer products of betas with alpha_k
@@ -352,7 +353,7 @@ def spp_weight(
     if kernel or W.is_cuda:
         return in_one_kernel(form_kernel, W, bits, alpha, beta, scale, residual).view(m, n)
     W_hat = W.new_empty(r, m // r, n)
-    # float32 is formed in place; other dtypes by two float32 buffers, which stay in a cache of a megabyte
+    # float32 is formed in place; other dtypes by two float32 buffers of half a megabyte, or of a block if it is larger
     rows = (2**19 if W.dtype == torch.float32 else 2**17) // n
     for W_k, alpha_k, beta_k, out in in_blocks(rows, unpack(W, bits, n).view_as(W_hat), alpha, scale * beta, W_hat):
         form(W_k, alpha_k, beta_k, residual, out)

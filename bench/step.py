@@ -31,8 +31,8 @@ from data.checkpoint import UserError  # noqa: E402
 from model import PRESETS, Llama, LlamaConfig, Parser, check_device, cli, config_to_dict, number  # noqa: E402
 from spp import TARGETS, AdapterLinear, SPPLinear, check_compile, inject  # noqa: E402
 
-FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", "peft", "full", "equation7")
-PEERS = FORMS[-3:]
+PEERS = ("peft", "full", "equation7")
+FORMS = ("fused", "packed", "checkpointed", "chunked", "repeat", "lora", *PEERS)
 
 
 class Equation7(SPPLinear):

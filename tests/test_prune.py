@@ -526,8 +526,6 @@ def test_inputs_that_cannot_be_saved_end_the_run_and_the_next_one_goes_on(
 
 HOLD = """
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from data.checkpoint import lock
 held = lock(Path(sys.argv[1]))

@@ -31,8 +31,8 @@ URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.00000
 
 
 def read_documents(source: str | None) -> list[bytes]:
-    """The texts of a .jsonl or .json.gz file, or of C4's first shard, each packed by zlib: as Python strings a shard's
-    would take 1.8 GB."""
+    """The texts of a .jsonl or .json.gz file, or of C4's first shard, each packed by zlib: as Python strings, most
+    would take two bytes a character."""
     name = source or URL
     documents, total = [], 0
     try:
