@@ -199,9 +199,9 @@ class SPPLinear(AdapterLinear):
         if not self.training:
             return super().forward(x)
         if self.matmul == "fused":
-            # The same as an operator: one node of a compiled graph, which keeps no W^ between the passes. On a GPU it
-            # unpacks within its kernels. Of a subclass, which may have another W^, it would know nothing.
-            if type(self) is SPPLinear and (torch.compiler.is_compiling() or (W.is_cuda and self.bits is not None)):
+            # The same as an operator: one node of a compiled graph, which keeps no W^ between the passes, and where SPP
+            # has its kernels. Of a subclass, which may have another W^, it would know nothing.
+            if type(self) is SPPLinear and (torch.compiler.is_compiling() or has_kernels(W)):
                 return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
             return super().forward(x)
         assert self.bits is None, "only the fused form makes W in each pass"
@@ -227,9 +227,9 @@ class SPPLinear(AdapterLinear):
 # forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight)
 # backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients)
 #
-# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time; a GPU in one
-# compiled kernel, and so does a CPU with --compile. The operators at the end of this section do the same for
-# torch.compile, and for packed weights on a GPU; skip them at first.
+# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time. The operators
+# at the end of this section do the same for torch.compile, and in one compiled kernel each for a GPU and for bfloat16;
+# skip them at first.
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -319,6 +319,12 @@ def compile_error(device: str) -> str | None:
     return None
 
 
+def has_kernels(W: Tensor) -> bool:
+    """Whether SPP learns through compiled kernels: on a GPU, and on a CPU in bfloat16, where eager torch turns W into
+    float32 and back in passes of their own. In float32 blocks are faster."""
+    return W.is_cuda or (W.dtype == torch.bfloat16 and not compile_error("cpu"))
+
+
 def check_compile(device: str) -> None:
     """UserError where --compile would not work."""
     if error := compile_error(device):
@@ -388,7 +394,7 @@ def spp_product(
 ) -> Tensor:
     if not W.is_cuda:  # a GPU's kernel unpacks too
         W, bits = unpack(W, bits, x.shape[-1]), None
-    return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype))
+    return F.linear(x, spp_weight(W, bits, alpha, beta, scale, residual, has_kernels(W)).to(x.dtype))
 
 
 @torch.library.custom_op("spp::gradients", mutates_args=())
@@ -406,10 +412,10 @@ def spp_product_gradients(
     """The gradients of x, if it needs one, alpha and beta: `EffectiveMatmul.backward` of SPP."""
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both kernels
-    W_hat = spp_weight(W, bits, alpha, beta, scale, residual, kernel=True).to(x.dtype)
+    W_hat = spp_weight(W, bits, alpha, beta, scale, residual, has_kernels(W)).to(x.dtype)
     dx = [g @ W_hat] if needs_dx else []
     G = torch.mm(as_rows(g).T, as_rows(x), out=W_hat)
-    return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale, kernel=True)]
+    return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale, has_kernels(W))]
 
 
 def keep_inputs(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -226,6 +226,20 @@ def test_compiled_spp_saves_no_weight(monkeypatch):
     assert kept and own >= {t.data_ptr() for t in kept}
 
 
+@pytest.mark.parametrize(
+    "dtype, kernels", [(torch.float32, []), (torch.bfloat16, ["form_kernel", "form_kernel", "reduce_kernel"])]
+)
+def test_bfloat16_learns_through_kernels_and_merges_without(dtype, kernels, monkeypatch):
+    used = []
+    monkeypatch.setattr(spp, "compile_error", lambda device: None)
+    monkeypatch.setattr(spp, "compiled", lambda function: used.append(function.__name__) or function)
+    layer = spp_layer(64, 48, 16, dtype=dtype)
+    layer(torch.randn(5, 48, dtype=dtype, requires_grad=True)).sum().backward()
+    layer.merged()
+    layer.eval()(torch.randn(5, 48, dtype=dtype))
+    assert used == kernels
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_compiled_kernels_have_the_outputs_and_gradients_of_equation_5(dtype, bound):
@@ -251,6 +265,7 @@ def test_where_nothing_can_be_compiled_a_gpu_does_without_kernels_and_compile_is
     monkeypatch.setattr(spp, "compile_error", spp.compile_error.__wrapped__)  # the cache is of other tests' compilers
     monkeypatch.setattr(train, "compile_error", spp.compile_error)
     assert spp.in_one_kernel(torch.add, torch.ones(2), torch.ones(2)).tolist() == [2, 2]
+    assert not spp.has_kernels(torch.ones(2, dtype=torch.bfloat16))  # a CPU takes its blocks
     args = train.make_parser().parse_args(["--preset", "test"])
     args.device = "cuda"
     monkeypatch.setattr(torch, "zeros", lambda *args, device: None)  # the probe's input
