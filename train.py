@@ -350,8 +350,9 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def check_compiler(args: argparse.Namespace) -> None:
-    """Refuses --compile where torch.compile does not work, and says so where SPP has to do without its GPU kernels."""
-    kernels = args.device == "cuda" and args.method == "spp" and args.matmul == "fused"
+    """Refuses --compile where torch.compile does not work, and says so where SPP has to do without its kernels."""
+    kernels = args.device == "cuda" or args.dtype == "bfloat16"
+    kernels &= args.method == "spp" and args.matmul == "fused"
     if args.compile:
         check_compile(args.device)
     elif kernels and (error := compile_error(args.device)):
