@@ -20,8 +20,8 @@ the continuation's tokens:
     acc_norm   the same with score / characters of the choice
     mc2        TruthfulQA's acc: the share of the right choices in the probability of all
 
-and acc_bytes, acc_mutual_info, and the perplexities of rolling tasks. Of the `metrics` that a file lists, those
-computed here are reported; the others are printed by name.
+and acc_bytes, acc_mutual_info. Of the `metrics` that a file lists, those computed here are reported; the others are
+printed by name. A rolling task has its two perplexities and bits per byte, whatever is listed.
 
 lm-eval runs every choice with its own copy of the context. Here a document is one row: first a trunk, the longest
 common prefix of its choices' inputs (so WinoGrande's two contexts share what they can), then a branch for each choice.
@@ -81,7 +81,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.checkpoint import VERSION, Checkpoint, UserError, atomic, cast, check_ours, check_out, check_version, digest
-from data.checkpoint import lock_partial, read_json, read_utf8, write_json
+from data.checkpoint import lock_partial, read_bytes, read_json, utf8, write_json
 from data.lm_eval.samples import Document, Score, document_metrics, known_metrics, n_words, read_tasks
 from data.tokenizer import Tokenizer
 from model import LOGITS_AT_ONCE, Block, Llama, LlamaConfig, Parser, add_device, check_device, check_dtype, cli
@@ -109,7 +109,8 @@ MMLU = """
 def read_text(path: str | Path, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a text, read as WikiText-2 is: lines, blank ones emptied, joined by blank lines; BOS in front.
     UserError where it cannot be read."""
-    lines = io.StringIO(read_utf8(path), newline="\n")  # each with its "\n", and no other character ends a line
+    text = utf8(read_bytes(path), path)
+    lines = io.StringIO(text, newline="\n")  # each with its "\n", and no other character ends a line
     rows = [line if line.strip() else "" for line in lines]
     # not special: the "<unk>" of WikiText's tokenised form is text like its other words
     return [bos_id(tokenizer), *tokenizer.encode("\n\n".join(rows), special=False)]
@@ -219,9 +220,9 @@ def pack_document(requests: list[Request], share: bool, skip: int = 0) -> Row:
 class Part:
     """A task or a text, as rows."""
 
-    prefix: Row | None  # what all rows begin with, and are without, where they share it
+    prefix: Row | None  # tokens that all rows began with, run once, and cut from each; None: there are none
     rows: list[Row]
-    document: list[int]  # of each row; a page and a text have a row for each window
+    document: list[int]  # row -> its document; a page and a text have a row for each window
     n_cut: int = 0  # documents with a choice whose input is longer than the model's positions, and was cut
     scores: dict[int, list[Score]] = dataclasses.field(default_factory=dict)  # row -> those of its choices, once done
     key: str = ""  # the digest of all that the scores depend on
@@ -669,7 +670,8 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
     results = {task: r for task, r in results.items() if "acc" in r}
     out = {}
     if all(task in results for task in SEVEN):
-        out["average of seven"] = {"acc": sum(results[task]["acc"] for task in SEVEN) / 7, "n": 7}
+        out["average of seven"] = {"acc": sum(results[task]["acc"] for task in SEVEN) / 7}
+        out["average of seven"]["n"] = sum(results[task]["n"] for task in SEVEN)
     # mmlu_pro, mmlu_flan, mmlu_continuation and global_mmlu are other tasks, and lm-eval has averages of their own.
     subjects = [results[f"mmlu_{subject}"] for subject in MMLU if f"mmlu_{subject}" in results]
     if len(subjects) > 1:
@@ -679,14 +681,15 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
         error = math.sqrt(squares / (N - k) / N) if k < N else None  # N = k: one document in each
         name = "mmlu" if k == len(MMLU) else f"mmlu ({k} of {len(MMLU)} subjects)"
         out[name] = {"acc": acc, "acc_stderr": error, "n": N}
-        out[f"{name}, mean of subjects"] = {"acc": sum(r["acc"] for r in subjects) / k, "n": k}
+        out[f"{name}, mean of subjects"] = {"acc": sum(r["acc"] for r in subjects) / k, "n": N}
     return out
 
 
 def run_task(
     model: Llama, tokenizer: Tokenizer, documents: list[Document], add_bos: bool = False, max_tokens: int = 8192
 ) -> tuple[dict, list[list[Score]]]:
-    """Scores one task from Python, with a model that may be in memory: see `task_results`."""
+    """Scores one task from Python, with a model that may be in memory: see `task_results`. A model that does not state
+    its positions keeps max_tokens of a context."""
     limit = model.config.max_position_embeddings or max_tokens
     part = encode_task(documents, tokenizer, add_bos, limit)
     score(model, [part], max_tokens)
@@ -738,16 +741,16 @@ def percent(result: dict, metric: str) -> str:
 def table(results: dict[str, dict], ppl: dict[str, dict]) -> str:
     """The results as lines to read: accuracies, then perplexities."""
     shown = lambda ppl: "too large" if ppl is None else f"{ppl:.4f}"
-    lines = []
+    lines, width = [], max([28, *map(len, results), *map(len, ppl)])
     if results:
-        lines.append(f"{'task':<28} {'acc':>15} {'acc_norm':>15} {'documents':>10}")
+        lines.append(f"{'task':<{width}} {'acc':>15} {'acc_norm':>15} {'documents':>10}")
     for task, r in results.items():
         if "word_perplexity" in r:
-            lines.append(f"{task:<28} word perplexity {shown(r['word_perplexity'])} {r['n']:>20}")
+            lines.append(f"{task:<{width}} word perplexity {shown(r['word_perplexity'])} {r['n']:>20}")
         else:
-            lines.append(f"{task:<28} {percent(r, 'acc'):>15} {percent(r, 'acc_norm'):>15} {r['n']:>10,}")
+            lines.append(f"{task:<{width}} {percent(r, 'acc'):>15} {percent(r, 'acc_norm'):>15} {r['n']:>10,}")
     for name, p in ppl.items():
-        lines.append(f"{name:<28} perplexity {shown(p['ppl'])} (seqlen {p['seqlen']:,}, {p['tokens']:,} tokens)")
+        lines.append(f"{name:<{width}} perplexity {shown(p['ppl'])} (seqlen {p['seqlen']:,}, {p['tokens']:,} tokens)")
     return "\n".join(lines)
 
 
@@ -765,11 +768,16 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", required=True, help="the model: a .pt file, a Hugging Face directory or a Meta directory")
     add("--tasks", nargs="+", default=[], metavar="FILE", help="samples files of lm-eval")
     add("--ppl", nargs="+", default=[], metavar="FILE", help="plain texts")
-    add("--seqlen", type=number(int, 2), help="tokens in a window of --ppl (default: the model's positions)")
-    add("--add_bos", action="store_true", help="put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)")
-    add("--log_samples", metavar="DIR", help="write every choice's log-likelihood there, in lm-eval's shape")
+    seqlen = "tokens in a window of --ppl; also those that --tasks keep, where the model does not state its positions "
+    seqlen += "(default: the positions)"
+    add("--seqlen", type=number(int, 2), help=seqlen)
+    tasks, bos = ("--tasks",), "put BOS before contexts, as lm-eval does since 0.4.9.2 (default: not)"
+    add("--add_bos", action="store_true", help=bos, goes_with=tasks)
+    samples = "write every choice's log-likelihood there, in lm-eval's shape"
+    add("--log_samples", metavar="DIR", help=samples, goes_with=tasks)
     add("--max_tokens", type=number(int, 1), default=8192, help="in a batch of one process, padding counted")
-    add("--no_sharing", action="store_true", help="run every choice with its own context, as lm-eval does")
+    sharing = "run every choice with its own context, as lm-eval does"
+    add("--no_sharing", action="store_true", help=sharing, goes_with=tasks)
     add("--semi_structured", action="store_true", help="run 2:4 linears on the GPU's sparse matrix units")
     add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the checkpoint's)")

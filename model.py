@@ -1,8 +1,9 @@
 """LLaMA by hand: the network that SPP prunes and fine-tunes, and the command that shows what a checkpoint is.
 
 RMSNorm, rotary positions, SwiGLU, grouped-query attention (LLaMA, Touvron et al. 2023a, b). Its seven linears, q_proj
-to down_proj, are those that section 4 of the paper lists. The model is a list of blocks, each of which can be called on
-its own: pruning walks a checkpoint block by block. Settings and tensors have Hugging Face's names.
+to down_proj, are those that section 4 of the paper lists (beside `score`, a classifier's). The model is a list of
+blocks, each of which can be called on its own: pruning walks a checkpoint block by block. Settings and tensors have
+Hugging Face's names.
 
     python model.py --ckpt SRC --out model.pt         # any layout -> one file of ours
     python model.py --ckpt SRC --out DIR              # any layout -> a Hugging Face directory; --layout meta: Meta's
@@ -268,21 +269,18 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: list | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: list | None = None) -> Tensor:
         """Hidden states after the last norm, (B, T, hidden_size): lm_head turns those that matter into logits.
 
-        tokens: (B, T) int64. positions: (T,), by default 0, 1, ... after what the cache holds. cache: one list per
-        layer, empty at first, that this call fills with keys and values; a cache of batch 1 serves any B.
+        tokens: (B, T) int64, at the positions after what the cache holds. cache: one list per layer, empty at first,
+        that this call fills with keys and values; a cache of batch 1 serves any B.
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         keys = torch.arange(past + tokens.shape[1], device=tokens.device)
-        seq_len = None
-        if positions is None:
-            positions, seq_len = keys[past:], len(keys)
         # SDPA's own causal flag aligns the first query with the first key: not ours where there is a past
         mask = keys <= keys[past:, None] if past else None
         x = self.model.embed_tokens(tokens)
-        cos, sin = rope_tables(self.config, positions, x.dtype, seq_len)
+        cos, sin = rope_tables(self.config, keys[past:], x.dtype, len(keys))
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 assert cache is None, "what the backward pass runs again would fill the cache again"
@@ -376,7 +374,7 @@ def generate(
         else:
             logits = (logits - logits.max()).double()  # or a temperature near 0 would make them Inf, and be 0 itself
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
-            p[p.cumsum(0) - p > top_p] = 0  # everything after the token that reaches top_p
+            p[1:][p.cumsum(0)[:-1] >= top_p] = 0  # everything after the token that reaches top_p
             token = int(order[torch.multinomial(p, 1)])
         yield token
         if token in stop:
@@ -796,22 +794,30 @@ def print_description(info: dict) -> None:
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line too, that takes flags in full only, and whose help shows the defaults
-    that there are."""
+    that there are. goes_with=("--b", "--c"): a flag that means nothing without one of these is refused."""
 
     def __init__(self, description: str, epilog: str | None = None):
+        self.goes_with = {}
         super().__init__(description=description, epilog=epilog, allow_abbrev=False)
 
-    def add_argument(self, *flags: str, help: str = "", **more: Any) -> argparse.Action:
+    def add_argument(self, *flags: str, help: str = "", goes_with: tuple = (), **more: Any) -> argparse.Action:
+        self.goes_with[flags[0]] = goes_with
         default = more.get("default")
         if default not in (None, [], argparse.SUPPRESS) and "default" not in help:
             help += " (default: %(default)s)"
         return super().add_argument(*flags, help=help, **more)
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        for text in sys.argv[1:] if args is None else args:
+        args = sys.argv[1:] if args is None else args
+        for text in args:
             if re.search("[\udc80-\udcff]", text):  # how Python spells bytes that are not UTF-8
                 self.error(f"the argument {ascii(text)} is not UTF-8")
-        return super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        given = {text.partition("=")[0] for text in args}
+        for flag, others in self.goes_with.items():
+            if others and flag in given and given.isdisjoint(others):
+                self.error(f"{flag}: goes with {' or '.join(others)}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -824,10 +830,10 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: f
         x = kind(text)
         if kind is float and not math.isfinite(x):
             raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
-        most = high if kind is float else min(high, 2**62)  # more would overflow somewhere
-        if not (low <= x <= most and above < x):
-            # where x is too small, a limit that no one has asked for is not named
-            bounds = {"at least": low, "more than": above, "at most": most if x > most else high}
+        if kind is int and x > min(high, 2**62):  # more would overflow somewhere
+            raise argparse.ArgumentTypeError(f"expected at most {min(high, 2**62)}, found {text}")
+        if not (low <= x <= high and above < x):
+            bounds = {"at least": low, "more than": above, "at most": high}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if abs(bound) < math.inf)
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
         return x
@@ -971,6 +977,8 @@ def cli(main: Callable[[], None], out_of_memory: str = "a machine with more of i
         status = tell(f"error: {' '.join(str(e).splitlines())}", 2)
     except KeyboardInterrupt:
         status = tell("interrupted", 130)
+    except MemoryError:  # Python's own and NumPy's; torch's is below
+        status = tell(f"error: out of memory; what helps: {out_of_memory}", 2)
     except OSError as e:  # a full disk under the log of a run, for one
         status = tell(f"error: {e.filename or 'a file'}: {e.strerror or e}", 2)
     except RuntimeError as e:
@@ -1007,26 +1015,29 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="a .pt file, a Hugging Face directory or a Meta directory")
     add("--out", help="convert: a .pt file, or a new directory")
-    add("--tokenizer", help="convert: the tokenizer to put into --out, a file or another model's directory")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of --out or --prompt (default: the checkpoint's)")
-    add("--layout", choices=("hf", "meta"), default="hf", help="of a directory: Hugging Face's or Meta's")
-    add("--max_shard_size", type=parse_size, default="5GB", help="of a directory's files, such as 500MB")
+    out, prompt, drawn = ("--out",), ("--prompt",), ("--temperature",)
+    source = "convert: the tokenizer to put into --out, a file or another model's directory"
+    add("--tokenizer", help=source, goes_with=out)
+    dtype = "of --out or --prompt (default: the checkpoint's)"
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help=dtype, goes_with=out + prompt)
+    layout = "of a directory: Hugging Face's or Meta's"
+    add("--layout", choices=("hf", "meta"), default="hf", help=layout, goes_with=out)
+    shards = "of a directory's files, such as 500MB"
+    add("--max_shard_size", type=parse_size, default="5GB", help=shards, goes_with=out)
     add("--info", action="store_true", help="describe the checkpoint")
-    add("--json", action="store_true", help="with --info: as JSON")
+    add("--json", action="store_true", help="with --info: as JSON", goes_with=("--info",))
     add("--prompt", help="generate text that goes on from this")
-    add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt")
-    add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time")
-    add("--top_p", type=number(float, 0, high=1), default=1.0, help="draw among the likeliest tokens of this total")
-    add("--seed", type=number(int, 0), default=0, help="of drawing")
+    add("--max_new_tokens", type=number(int, 0), default=200, help="of --prompt", goes_with=prompt)
+    add("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token each time", goes_with=prompt)
+    top_p = "draw among the likeliest tokens of this total"
+    add("--top_p", type=number(float, 0, high=1), default=1.0, help=top_p, goes_with=drawn)
+    add("--seed", type=number(int, 0), default=0, help="of drawing", goes_with=drawn)
     args = parser.parse_args()
     if not (args.out or args.info or args.prompt is not None):
         raise UserError("nothing to do: give --out, --info or --prompt")
-    if args.layout == "meta" and (not args.out or args.out.endswith(".pt")):
-        raise UserError("--layout meta: needs --out with the name of a new directory")
-    if args.tokenizer and not args.out:
-        raise UserError("--tokenizer: goes into --out, which is not given")
-    if args.json and not args.info:
-        raise UserError("--json: is for --info")
+    of_directories = args.layout == "meta" or args.max_shard_size != parse_size(parser.get_default("max_shard_size"))
+    if of_directories and args.out.endswith(".pt"):
+        raise UserError(f"--layout meta and --max_shard_size: are for a directory, and --out {args.out} is a file")
     if args.out:
         check_out(args.out, inputs=[args.ckpt], model=True)
     ckpt, config = open_llama(args.ckpt)

@@ -81,8 +81,8 @@ Tables = tuple[Tensor, Tensor]  # what `rope_tables` returns
 
 
 def parse_sparsity(text: str | Sparsity) -> Sparsity | ByName:
-    """ "0.5" -> 0.5, the share of zeros; "2:4" -> (2, 4), 2 kept of every 4 along the input; these two are returned as
-    they are. "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
+    """ "0.5" or 0.5 -> 0.5, the share of zeros; "2:4" or (2, 4) -> (2, 4), 2 kept of every 4 along the input;
+    "mlp=0.6,2:4" -> [("mlp", 0.6), ("", (2, 4))]. UserError for the rest."""
     text = ":".join(map(str, text)) if isinstance(text, tuple) else str(text)  # back to text: (2, 4) is checked too
     if "=" in text:
         entries = {}
@@ -152,8 +152,8 @@ def check_pattern(sparsity: Pattern, config: LlamaConfig) -> None:
 class Settings:
     """How to prune. UserError for a method that is none of METHODS, and for a sparsity that is none."""
 
-    method: str = "wanda"
-    sparsity: str | Pattern = "0.5"  # as `prune_model` takes it; from then on as `parse_sparsity` returns it
+    method: str
+    sparsity: str | Pattern  # as `prune_model` takes it; from then on as `parse_sparsity` returns it
     dsnot_cycles: int = 0  # swaps that DSnoT may make in a row; 0: no DSnoT
     dsnot_threshold: float = 0.1  # a row whose expected output error is no larger than this is left alone
 
@@ -186,8 +186,8 @@ class Statistics:
     hessian: Tensor | None = None  # (C, C) float32: H, 2 * the sum of x x^T, its lower triangle alone
     U: Tensor | None = None  # (C, C) float32: the upper Cholesky factor of the damped Hessian's inverse
 
-    def add(self, inputs: Tensor, n_sequences: int, stride: int) -> None:
-        """Adds inputs (B, T, C), B of all n_sequences at a time, and keeps every stride-th token."""
+    def add(self, inputs: Tensor, n_sequences: int, places: Tensor) -> None:
+        """Adds inputs (B, T, C), one batch of the n_sequences. places: those of its tokens that the sample takes."""
         x = inputs.float()
         tokens = x.flatten(0, 1)  # (B * T, C)
         self.square += tokens.square().sum(0) / n_sequences
@@ -209,7 +209,7 @@ class Statistics:
                     self.hessian[a:, a:b].add_(XX, alpha=2 / n_sequences)
                 else:
                     self.hessian[a:, a:b].addmm_(tokens[:, a:].T, tokens[:, a:b], alpha=2 / n_sequences)
-        self.sample = torch.cat([self.sample, inputs.flatten(0, 1)[::stride]])[:SAMPLE]
+        self.sample = torch.cat([self.sample, inputs.flatten(0, 1)[places]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def prune_model(
     model: Llama,
     calib: np.ndarray | Tensor,
     method: str = "wanda",
-    sparsity: str | Pattern = "0.5",
+    sparsity: str | Sparsity | Callable[[str], Sparsity] = "2:4",
     dsnot_cycles: int = 0,
     dsnot_threshold: float = 0.1,
 ) -> list[dict]:
@@ -288,7 +288,7 @@ def prune_block(block: Block, i: int, x: Tensor, settings: Settings, tables: Tab
 def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, settings: Settings) -> dict[str, Statistics]:
     """The first pass: statistics of a block's four inputs, by the keys of GROUPS; x (sequences, T, hidden_size)."""
     n_sequences, T, _ = x.shape
-    stride = max(1, n_sequences * T // SAMPLE)  # the sample is spread over the tokens
+    sample = torch.randperm(n_sequences * T, generator=torch.Generator().manual_seed(0))[:SAMPLE]  # places of tokens
     linears = {name: block.get_submodule(name) for name in GROUPS}
     stats, hooks = {}, []
     for name, linear in linears.items():
@@ -298,13 +298,15 @@ def gather_statistics(block: Block, x: Tensor, tables: Tables, batch: int, setti
             s.total, s.variance = torch.zeros(2, C, device=x.device)
         if settings.method == "sparsegpt":
             s.hessian = torch.zeros(C, C, device=x.device)
-        hook = lambda module, args, s=s: s.add(*args, n_sequences, stride)  # s=s: this linear's, not the last one's
+        hook = lambda module, args, s=s: s.add(*args, n_sequences, places)  # s=s: this linear's, not the last one's
         hooks.append(linear.register_forward_pre_hook(hook))
     # A fifth of a block's work is saved by leaving out its last matmul, down_proj's: the hook sees its input, and no
     # one reads what this pass returns. An attribute hides the forward of the module's class; the block adds this 0.
     linears["mlp.down_proj"].forward = lambda x: x.new_zeros(())
     try:
-        for part in x.split(batch):
+        for i, part in enumerate(x.split(batch)):
+            places = sample[sample // (batch * T) == i] % (batch * T)  # which the hooks read
+            places = places.to(x.device, non_blocking=True)
             block(part, *tables)
     finally:  # out of memory, or Ctrl-C: the block may be a part of the caller's model
         del linears["mlp.down_proj"].forward
@@ -411,8 +413,8 @@ def keep_mask(score: Tensor, sparsity: Sparsity, whole: bool = False) -> Tensor:
         lowest = groups.argsort(dim=1, stable=True)[:, : m - n]  # stable: of equal scores the left one comes first
         return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).reshape(score.shape)
     rows = score.reshape(1, -1) if whole else score
-    # Sorting a long row takes several times as long as finding the lowest that stays, by a key without ties. Above: the
-    # bits of a float32, which as an integer are in order too, if those of a negative one are inverted. Below: a column.
+    # Finding the lowest that stays takes a fifth to a half of a sort's time, by a key without ties. Its high 32 bits
+    # are a float32's: as an integer in order too, if a negative one's are inverted. The low 32 are the column.
     bits = (rows.float() + 0.0).view(torch.int32)  # a copy, whose -0 is 0
     bits ^= bits >> 31 & 0x7FFFFFFF
     key = bits.long().bitwise_left_shift_(32).add_(torch.arange(rows.shape[1], device=score.device))
@@ -536,7 +538,7 @@ def dsnot(
 # a model on disk: OUT.partial holds
 #     job.json              which command this is, so that another one does not go on with it
 #     model-00001-of-...    the pruned blocks, from the first on, a file each; at the end also what belongs to no block
-#     inputs-00001.pt       after 1 block: the inputs of the next, and of those that are done the report and the digests
+#     inputs-00001.pt       after block 1: block 2's inputs, and the report and the digests of the blocks that are done
 #     prune.json            at the end: the report
 
 
@@ -701,16 +703,15 @@ def parse_args() -> argparse.Namespace:
     add("--calib", required=True, help=".npy that data/c4/prepare.py wrote")
     add("--nsamples", type=number(int, 1), help="use that many of its sequences (default: all)")
     add("--dsnot", action="store_true", help="afterwards swap entries of the mask (DSnoT, the paper's DST)")
-    add("--dsnot_cycles", type=number(int, 1), default=50, help="swaps a row may make")
-    add("--dsnot_threshold", type=number(float, 0), default=0.1, help="output error below which a row is left alone")
+    dsnot = ("--dsnot",)
+    add("--dsnot_cycles", type=number(int, 1), default=50, help="swaps a row may make", goes_with=dsnot)
+    least = "output error below which a row is left alone"
+    add("--dsnot_threshold", type=number(float, 0), default=0.1, help=least, goes_with=dsnot)
     add_device(parser)
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the result (default: the checkpoint's)")
     add("--out", required=True, help="a new directory in Hugging Face's layout, or a .pt file")
     args = parser.parse_args()
     check_device(args.device)
-    given = [key for key in ("dsnot_cycles", "dsnot_threshold") if getattr(args, key) != parser.get_default(key)]
-    if given and not args.dsnot:
-        raise UserError("--dsnot_cycles and --dsnot_threshold are settings of --dsnot, which is not given")
     return args
 
 

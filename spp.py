@@ -64,6 +64,7 @@ weight cannot express. Here merging asserts the zeros.
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,9 +200,9 @@ class SPPLinear(AdapterLinear):
         if not self.training:
             return super().forward(x)
         if self.matmul == "fused":
-            # The same as an operator: one node of a compiled graph, which keeps no W^ between the passes, and where SPP
-            # has its kernels. Of a subclass, which may have another W^, it would know nothing.
-            if type(self) is SPPLinear and (torch.compiler.is_compiling() or has_kernels(W)):
+            # The same as an operator: one node of a compiled graph, which keeps no W^ between the passes. On a GPU it
+            # unpacks within its kernels. Of a subclass, which may have another W^, it would know nothing.
+            if type(self) is SPPLinear and (torch.compiler.is_compiling() or (W.is_cuda and self.bits is not None)):
                 return spp_product(x, W, self.bits, alpha, beta, self.scale, self.residual)
             return super().forward(x)
         assert self.bits is None, "only the fused form makes W in each pass"
@@ -215,10 +216,12 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        return spp_weight(W, None, alpha, beta, self.scale, self.residual)
+        # not where merging detached the factors: the same file on every machine, and nothing to wait for
+        kernel = alpha.requires_grad and has_kernels(W)
+        return spp_weight(W, None, alpha, beta, self.scale, self.residual, kernel)
 
     def factor_gradients(self, G: Tensor, W: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *spp_gradients(G, W, None, alpha, beta, self.scale)
+        return None, *spp_gradients(G, W, None, alpha, beta, self.scale, has_kernels(W))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,9 +230,9 @@ class SPPLinear(AdapterLinear):
 # forward    EffectiveMatmul -> the layer's effective_weight                           (SPP's: spp_weight)
 # backward   EffectiveMatmul -> effective_weight once more, then factor_gradients      (SPP's: spp_gradients)
 #
-# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time. The operators
-# at the end of this section do the same for torch.compile, and in one compiled kernel each for a GPU and for bfloat16;
-# skip them at first.
+# What forms W^ and reduces G is elementwise and in float32: a CPU does it a block of m/r rows at a time; a GPU in one
+# compiled kernel, and so does a CPU that learns in bfloat16. The operators at the end of this section do the same for
+# torch.compile, and for packed weights on a GPU; skip them at first.
 
 
 class EffectiveMatmul(torch.autograd.Function):
@@ -305,18 +308,31 @@ def reduce_kernel(
 
 @functools.cache  # compiled once, at the first use
 def compiled(function: Callable) -> Callable:
-    return torch.compile(function)
+    return torch.compile(function, fullgraph=True)  # an error, not eager, where it gives up
 
 
-@functools.cache
+compile_errors: dict[str, str | None] = {}  # device -> why torch.compile does not work there; None: so far it does
+
+
 def compile_error(device: str) -> str | None:
     """Why torch.compile does not work on this machine, which may lack a compiler or Python's headers; None: it does."""
-    try:
-        compiled(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as e:  # of torch's compiler, Triton, subprocess, ...
-        lines = [line.strip() for line in str(e).splitlines() if line.strip() and not line.endswith("raised:")]
-        return next((line for line in lines if " error: " in line), lines[0] if lines else type(e).__name__)
-    return None
+    if device not in compile_errors:
+        from torch import _dynamo  # before `try`: an optimizer needs it too, so that a failure has to end the run
+
+        try:
+            if _dynamo.config.disable:  # by the environment
+                raise RuntimeError("it is switched off")
+            compiled(lambda x: x + 1)(torch.zeros(2, device=device))
+            compile_errors[device] = None
+        except Exception as e:  # of torch's compiler, Triton, subprocess, ...
+            compile_errors[device] = first_error(e)
+    return compile_errors[device]
+
+
+def first_error(e: Exception) -> str:
+    """What went wrong, of what torch's compiler says in up to a thousand lines."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip() and not line.endswith("raised:")]
+    return next((line for line in lines if " error: " in line), lines[0] if lines else type(e).__name__)
 
 
 def has_kernels(W: Tensor) -> bool:
@@ -333,12 +349,19 @@ def check_compile(device: str) -> None:
 
 def in_one_kernel(function: Callable, *args: Any) -> Any:
     """function(*args), compiled where that is possible. The first argument is a tensor."""
+    device = args[0].device.type
     # a block as a whole is being compiled, in evaluation mode; or nothing can be
-    if torch.compiler.is_compiling() or compile_error(args[0].device.type):
+    if torch.compiler.is_compiling() or compile_error(device):
         return function(*args)
     # Detached: of a parameter torch.compile takes the shape for a constant, and would compile anew for each number of
     # survivors, until it gives up.
-    return compiled(function)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+    args = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    try:
+        return compiled(function)(*args)
+    except Exception as e:  # a full disk; a damaged cache; Ctrl-C, which the C compiler gets too; a new shape too many
+        compile_errors[device] = first_error(e)
+        warnings.warn(f"torch.compile failed, so SPP goes on without its kernels: {first_error(e)}", stacklevel=2)
+        return function(*args)
 
 
 def in_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -413,6 +436,7 @@ def spp_product_gradients(
     if not W.is_cuda:
         W, bits = unpack(W, bits, x.shape[-1]), None  # once for both kernels
     W_hat = spp_weight(W, bits, alpha, beta, scale, residual, has_kernels(W)).to(x.dtype)
+    g = g.to(x.dtype)  # see EffectiveMatmul
     dx = [g @ W_hat] if needs_dx else []
     G = torch.mm(as_rows(g).T, as_rows(x), out=W_hat)
     return [*dx, *spp_gradients(G, W, bits, alpha, beta, scale, has_kernels(W))]

@@ -67,11 +67,11 @@ from spp import merge_checkpoint, write_adapter
 # Section 4 and the authors' scripts, by billions of parameters; a model of another size takes the nearest row.
 #          lr    micro-batch  global batch  epochs
 PAPER = {
-    6.7: (4e-3, 8, 128, 3),
-    13.0: (2e-3, 4, 128, 3),
-    32.5: (4e-3, 16, 256, 3),
-    65.3: (5e-4, 8, 128, 1),
-    69.0: (5e-4, 8, 128, 1),
+    6.7: (4e-3, 8, 128, 3.0),
+    13.0: (2e-3, 4, 128, 3.0),
+    32.5: (4e-3, 16, 256, 3.0),
+    65.3: (5e-4, 8, 128, 1.0),
+    69.0: (5e-4, 8, 128, 1.0),
 }
 PAPER_LENGTH = 512  # tokens; so a micro-batch of 8 is at most 4,096 padded tokens
 PAPER_RECORDS = 50_002  # of Alpaca, without the 2,000 that are held out
@@ -117,7 +117,7 @@ def make_parser() -> Parser:
     add("--warmup", type=number(float, 0, high=1), default=0.03, help="share of the steps in which the rate rises")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: none")
     add("--mask_prompt", action="store_true", help="learn the answers alone, not the prompts")
-    add("--seed", type=number(int, 0), default=0, help="of the adapter's start and the order of the data")
+    add("--seed", type=number(int, 0), default=0, help="of what starts random, and of the order of the data")
     # the machine
     add_device(parser)
     dtype = "of frozen weights and of matmuls; auto: float32 for a float32 checkpoint, bfloat16 for any other"
@@ -720,7 +720,7 @@ def open_run(out_dir: Path, args: argparse.Namespace, steps: int, base: str, wor
             raise UserError(f"--resume: {out_dir} was run with --{key} {before}, not {now}")
     if settings.get("lr") != args.lr:
         tqdm.write(f"note: --resume: {out_dir} began with --lr {settings.get('lr')}, and goes on with {args.lr}")
-    return config["run"], held
+    return old["run"], held
 
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.bool)  # of what learns, and of masks
@@ -772,11 +772,13 @@ def saved_states(out_dir: Path) -> list[tuple[int, Path]]:
 def newest_state(out_dir: Path, model: Llama, run: str, steps: int) -> dict | None:
     """The newest state that is whole, or None, and its best adapter as adapter.pt; a damaged one is renamed and passed
     over. UserError for a whole state of another run."""
-    for step, path in saved_states(out_dir):
+    states = saved_states(out_dir)
+    for i, (step, path) in enumerate(states, 1):
         try:
             state = torch_load(path, checksums=True)
         except UserError as e:
-            tqdm.write(f"warning: {e}; going back to the state before it")
+            way = "going back to the state before it" if i < len(states) else "no state is left: beginning anew"
+            tqdm.write(f"warning: {e}; {way}")
             path.rename(path.with_suffix(".damaged"))  # or it would count as one of the two that are kept
             continue
         if isinstance(state, dict):
@@ -859,7 +861,8 @@ def catch_signals() -> list[int]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not caught and is_first_process():  # os.write: a handler may interrupt a print
-            os.write(2, b"\nstopping when this step, or the merge, is done; once more ends it at once\n")
+            again = b"once more, after a second, ends it at once"
+            os.write(2, b"\nstopping when this step, or the merge, is done; " + again + b"\n")
         caught.append(number)
         times.append(time.monotonic())
 

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-VERSION = 2  # of every .pt and .json that this project writes; raised when a layout changes
+VERSION = 2  # of every .pt and .json whose layout is this project's; raised when one changes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the error that speaks to the user; reading and writing files with it
@@ -146,22 +146,22 @@ def read_json(path: str | Path, kind: type = object) -> Any:
     return parse_json(read_bytes(path), path, kind)
 
 
-def read_utf8(path: str | Path) -> str:
-    """The text of a file, its line ends as they are. UserError where it cannot be read."""
+def utf8(data: bytes, source: str | Path) -> str:
+    """The text that bytes are, its line ends as they are. UserError, which names `source`, where they are none."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
+        raise UserError(f"{source}: is not UTF-8 text") from None
 
 
-def read_json_lines(path: str | Path, surrogates: bool = False) -> Iterator[tuple[str, dict]]:
-    """The objects of a file with one JSON object a line, each with its place, "FILE: line 3", for messages. UserError
-    for a line that is none; blank lines are passed over."""
-    text = read_utf8(path).removeprefix("\ufeff")  # the byte-order mark that some editors put first
+def parse_json_lines(data: bytes, source: str | Path, surrogates: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of text with one JSON object a line, each with its place, "FILE: line 3", for messages. UserError for
+    a line that is none; blank lines are passed over."""
+    text = utf8(data, source).removeprefix("\ufeff")  # the byte-order mark that some editors put first
     lines = text.split("\n")  # not splitlines, which takes U+2028 for an end of line too
     for i, line in enumerate(lines, 1):
         if line.strip():
-            where = f"{path}: line {i}"
+            where = f"{source}: line {i}"
             yield where, parse_json(line, f"{where} (an object on each line)", dict, surrogates)
 
 
@@ -356,7 +356,7 @@ def check_ours(path: Path, key: str, what: str) -> None:
     if not path.exists():
         return
     if path.suffix == ".jsonl":
-        _, there = next(read_json_lines(path, surrogates=True), ("", {}))
+        _, there = next(parse_json_lines(read_bytes(path), path, surrogates=True), ("", {}))
     else:
         there = read_json(path, dict)
     if key not in there:
@@ -625,7 +625,7 @@ def load_legacy(path: Path) -> Any:
 
 def torch_load(path: str | Path, checksums: bool = False) -> Any:
     """torch.load that runs no code of the file's, memory-maps it, and says which file is not one. checksums: whether to
-    read all of it and compare them, of a file that `write_torch` has not written."""
+    read all of it and compare them."""
     path = checked_file(path)
     try:
         if is_legacy(path):

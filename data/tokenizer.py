@@ -125,7 +125,7 @@ class Tokenizer:
         if self.embedded != math.inf and (type(self.embedded) is not int or self.embedded < 1):
             raise UserError(f"{where}: config.json beside it has a vocab_size of {brief(self.embedded)}")
         self.vocab_size = 1 + max([*vocab.values(), *(id for id in self.special if id < self.embedded)])
-        # First those that are looked for in the text as it is, and then, in what is left and normalized, the others.
+        # the first is searched in the text as it is, the second in what is left, normalized
         self.special_patterns = [any_of(set(self.special.values()) - self.normalized), any_of(self.normalized)]
 
         self.bos = next(iter(self.stated(where, settings, "bos")), None)

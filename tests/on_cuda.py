@@ -299,7 +299,11 @@ def test_a_gpu_computes_in_float32_without_cudnns_attention():
         s = prune.Statistics(
             *(torch.zeros(n, C, device="cuda") for n in (1, 0)), hessian=torch.zeros(C, C, device="cuda")
         )
-        s.add(torch.ones(1, 2, C, dtype=torch.bfloat16, device="cuda"), 1, 1)
+        s.add(
+            torch.ones(1, 2, C, dtype=torch.bfloat16, device="cuda"),
+            1,
+            torch.zeros(1, dtype=torch.int64, device="cuda"),
+        )
         assert counted.kernels["mm"] == 4 and not counted.kernels["addmm_"]  # by the tensor cores
 
 

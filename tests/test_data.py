@@ -769,6 +769,24 @@ def test_a_task_that_cannot_be_rendered_is_refused_in_one_line(tmp_path, monkeyp
     assert not Path("out").exists()
 
 
+def test_a_config_may_describe_a_task_of_ours(tmp_path, monkeypatch):
+    """Of `mmlu` too, whose subjects and examples are then none of ours."""
+    for task in ("mmlu", "boolq"):
+        (tmp_path / "configs.json").write_text(json.dumps({"configs": {task: CONFIGS["choice"]}}))
+        (tmp_path / "docs.jsonl").write_text('{"q": "why"}\n')
+        argv = ("--task", task, "--json", tmp_path / "docs.jsonl", "--config", tmp_path / "configs.json")
+        call(lm_eval, monkeypatch, *argv, "--out", tmp_path / "tasks")
+        assert len((tmp_path / "tasks" / f"samples_{task}.jsonl").read_text().splitlines()) == 1
+        line = refusal(lm_eval, monkeypatch, *argv, "--shots", "x", "--out", tmp_path / "tasks")
+        assert line == f"--shots: means nothing to --task {task} with --config"
+
+
+def test_the_folder_to_write_is_looked_at_before_anything_is_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(lm_eval, "download", lambda *args: pytest.fail("it asked for documents"))
+    refusal(lm_eval, monkeypatch, "--task", "boolq", "--out", tmp_path / "file")
+
+
 def test_a_task_keeps_its_delimiter_and_its_metrics(tmp_path, monkeypatch, capsys):
     metrics = [{"metric": name} for name in ("acc", "f1", "acc_mutual_info")]
     config = {**CONFIGS["choice"], "target_delimiter": "\n", "metric_list": metrics}

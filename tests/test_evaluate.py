@@ -477,8 +477,10 @@ def test_aggregates_are_lm_evals():
     se = [math.sqrt(p * (1 - p) / (n - 1)) for p, n in ((0.3, 10), (5 / 6, 6))]
     pooled = (9 * se[0] ** 2 * 10 + 5 * se[1] ** 2 * 6) / (16 - 2) / 16
     assert mmlu[two]["acc_stderr"] == pytest.approx(math.sqrt(pooled))
-    seven = {task: {"acc": i / 10} for i, task in enumerate(evaluate.SEVEN)}
-    assert aggregates(seven)["average of seven"]["acc"] == pytest.approx(0.3)
+    assert mmlu[f"{two}, mean of subjects"]["n"] == mmlu[two]["n"] == 16
+    seven = {task: {"acc": i / 10, "n": 5} for i, task in enumerate(evaluate.SEVEN)}
+    assert aggregates(seven)["average of seven"] == {"acc": pytest.approx(0.3), "n": 35}
+    assert len({len(line) for line in evaluate.table(mmlu, {}).splitlines()}) == 1  # however long a name is
     assert "average of seven" not in aggregates({k: v for k, v in seven.items() if k != "rte"})
 
 

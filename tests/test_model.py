@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -199,6 +200,10 @@ def test_drawing_follows_top_p_and_the_seed(model):
     draw = lambda **kw: (torch.manual_seed(3), list(generate(model, [1, 2], 15, **kw)))[1]
     assert draw(temperature=1.0) == draw(temperature=1.0)
     assert draw(temperature=1.0, top_p=0.0) == draw() != draw(temperature=2.0)
+    torch.nn.init.zeros_(model.lm_head.weight)  # 256 words alike
+    for words in (1, 2, 256):
+        drawn = {next(generate(model, [1], 1, temperature=1.0, top_p=words / 256)) for _ in range(60)}
+        assert len(drawn) == words if words < 3 else len(drawn) > 30
 
 
 def test_generation_ends_after_any_of_the_tokens_that_stop_it(model):
@@ -593,7 +598,7 @@ def test_a_model_without_a_tokenizer_is_given_one(model, tokenizer_file, tmp_pat
     said = command("--ckpt", tmp_path / "whole.pt", "--prompt", "bada", "--max_new_tokens", 3)
     assert said.returncode == 0 and said.stdout.startswith("bada")
     assert same(open_checkpoint(tmp_path / "whole.pt"), open_checkpoint(tmp_path / "bare.pt"))
-    assert "--tokenizer: goes into --out" in command(*flags, "--info").stderr
+    assert "--tokenizer: goes with --out" in command(*flags, "--info").stderr
 
 
 def test_a_temperature_near_0_is_greedy(model):
@@ -679,11 +684,14 @@ def no_bos(tokenizer_file):
         ([], "nothing to do"),
         (["--out", "OUT", "--max_shard_size", "5"], "--max_shard_size 5: expected"),
         (["--out", "OUT", "--max_shard_size", "0GB"], "--max_shard_size 0GB: expected"),
-        (["--out", "OUT.pt", "--layout", "meta"], "--layout meta: needs --out"),
-        (["--info", "--layout", "meta"], "--layout meta: needs --out"),
-        (["--out", "OUT", "--json"], "--json: is for --info"),
+        (["--out", "OUT.pt", "--layout", "meta"], "are for a directory, and --out OUT.pt is a file"),
+        (["--out", "OUT.pt", "--max_shard_size", "1GB"], "are for a directory, and --out OUT.pt is a file"),
+        (["--info", "--layout", "meta"], "--layout: goes with --out"),
+        (["--out", "OUT", "--json"], "--json: goes with --info"),
+        (["--info", "--dtype=float16"], "--dtype: goes with --out or --prompt"),
+        (["--prompt", "x", "--top_p", "0.5"], "--top_p: goes with --temperature"),
         (["--prompt", "x", "--max_new_tokens", "-1"], "--max_new_tokens: expected at least 0, found -1"),
-        (["--prompt", "x", "--max_new_tokens", "1" + "0" * 400], "--max_new_tokens: expected at least 0 and at most"),
+        (["--prompt", "x", "--max_new_tokens", "1" + "0" * 400], "--max_new_tokens: expected at most 4611"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature: expected a finite number, found nan"),
         (["--prompt", "x", "--top_p", "1.5"], "--top_p: expected at least 0 and at most 1, found 1.5"),
         (["--out", "FILE"], "is a file; a name without .pt is a directory"),
@@ -729,6 +737,14 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
     with pytest.raises(SystemExit):
         cli(fail)
     assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: error: a b\n"
+
+
+def test_running_out_of_memory_is_one_line_wherever_it_happens(capsys):
+    for allocate in (lambda: bytearray(2**62), lambda: np.empty(2**55), lambda: torch.empty(2**55)):
+        with pytest.raises(SystemExit) as e:
+            cli(allocate, "less of it")
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and "error: out of memory" in err and err.endswith("what helps: less of it\n")
 
 
 def test_under_torchrun_the_rank_is_named(capsys, monkeypatch):

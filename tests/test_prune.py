@@ -23,8 +23,9 @@ from conftest import ROOT, SHARED, needs_shared
 
 import prune
 from data.checkpoint import VERSION, UserError, lock_partial, open_checkpoint
-from model import Llama, cli, load, open_llama, save
-from prune import METHODS, Statistics, format_sparsity, keep_mask, parse_sparsity, prune_model, sparsegpt
+from model import PRESETS, Block, Llama, cli, load, open_llama, rope_tables, save
+from prune import METHODS, Settings, Statistics, format_sparsity, gather_statistics, keep_mask, parse_sparsity
+from prune import prune_model, sparsegpt
 from spp import inject
 
 
@@ -791,7 +792,7 @@ def test_a_sparsity_that_is_none_is_refused(text):
         (("--nsamples", 0), "--nsamples: expected at least 1, found 0"),
         (("--dsnot", "--dsnot_cycles", 0), "--dsnot_cycles: expected at least 1"),
         (("--dsnot", "--dsnot_threshold", "nan"), "--dsnot_threshold: expected a finite number, found nan"),
-        (("--dsnot_cycles", 5), "--dsnot, which is not given"),
+        (("--dsnot_cycles", 50), "--dsnot_cycles: goes with --dsnot"),
         (("--calib", __file__), "is not a .npy file"),
         (("--nsamples", 7), "calib.npy: holds 6 sequences, --nsamples asks for 7"),
         (("--calib", "nowhere.npy"), "nowhere.npy"),
@@ -984,3 +985,15 @@ def test_a_pattern_that_fits_not_all_linears_is_refused_before_any_is_pruned(mod
     with pytest.raises(UserError, match=r"--sparsity 4:64: layers.\d.\w+.\w+_proj has 32 columns, no multiple of 64"):
         prune_model(model, calib, "magnitude", sparsity)
     assert all(w.equal(before[name]) for name, w in targets(model).items())
+
+
+def test_the_sample_of_the_report_is_spread_over_sequences_and_positions(monkeypatch):
+    """A stride that T divides would take one position of each sequence."""
+    taken = []
+    monkeypatch.setattr(Statistics, "add", lambda self, x, n_sequences, places: taken.append(places))
+    config, (n, T, batch) = PRESETS["test"], (128, 64, 16)
+    x = torch.randn(n, T, config.hidden_size)
+    gather_statistics(Block(config), x, rope_tables(config, torch.arange(T), x.dtype), batch, Settings("wanda", "2:4"))
+    groups = [torch.cat([i * batch * T + places for i, places in enumerate(taken[first::4])]) for first in range(4)]
+    assert all(group.equal(groups[0]) for group in groups) and len(groups[0].unique()) == prune.SAMPLE
+    assert len((groups[0] // T).unique()) > 100 and len((groups[0] % T).unique()) > 55

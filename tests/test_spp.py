@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,12 @@ def test_an_input_may_be_one_token_or_in_any_order_or_under_autocast(monkeypatch
         layer.compile(backend="aot_eager")
     for x in (torch.randn(48), torch.randn(48, 7).T, torch.randn(3, 2, 48).transpose(0, 1), torch.randn(0, 48)):
         assert max(errors(layer, x)) < 1e-5
+    rounded = spp_layer(64, 48, 16, dtype=torch.bfloat16)
+    if is_compiled:
+        rounded.compile(backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert max(errors(layer, torch.randn(5, 48))) < 1e-2
+        assert max(errors(rounded, torch.randn(5, 48))) < 2e-2
 
 
 @pytest.mark.parametrize("matmul", FORMS)
@@ -262,8 +267,7 @@ def test_where_nothing_can_be_compiled_spp_does_without_kernels_and_compile_is_r
 
     message = "backend='inductor' raised:\nFailed to find C compiler.\nmore"
     monkeypatch.setattr(spp, "compiled", compiled)
-    monkeypatch.setattr(spp, "compile_error", spp.compile_error.__wrapped__)  # the cache is of other tests' compilers
-    monkeypatch.setattr(train, "compile_error", spp.compile_error)
+    monkeypatch.setattr(spp, "compile_errors", {})  # those known are of other tests' compilers
     assert spp.in_one_kernel(torch.add, torch.ones(2), torch.ones(2)).tolist() == [2, 2]
     assert not spp.has_kernels(torch.ones(2, dtype=torch.bfloat16))  # a CPU takes its blocks
     args = train.make_parser().parse_args(["--preset", "test"])
@@ -275,10 +279,40 @@ def test_where_nothing_can_be_compiled_spp_does_without_kernels_and_compile_is_r
     ):
         train.check_compiler(args)
         assert capsys.readouterr().out.removeprefix("note: torch.compile does not work on this machine, ") == note
-    args.compile = True
+    args.compile, spp.compile_errors = True, {}
     message = "C++ compile error\n\nmain.cpp:1: fatal error: Python.h: No such file"
     with pytest.raises(UserError, match="--compile: torch.compile does not .*: main.cpp:1: fatal error: Python.h: No"):
         train.check_compiler(args)
+
+
+def test_where_a_kernel_cannot_be_compiled_after_all_blocks_do_it_and_a_warning_says_so(monkeypatch):
+    """A disk that fills up, a cache that a killed run has damaged, Ctrl-C in the C compiler."""
+    tried = []
+
+    def compiled(function):
+        tried.append(function)
+        return lambda *args: 1 / 0
+
+    layer, x = spp_layer(64, 48, 16, dtype=torch.bfloat16), torch.randn(5, 48, dtype=torch.bfloat16, requires_grad=True)
+    gradients = []
+    for errors in ({"cpu": "no compiler"}, {"cpu": None}):
+        monkeypatch.setattr(spp, "compile_errors", errors)
+        monkeypatch.setattr(spp, "compiled", compiled)
+        with warnings.catch_warnings(record=True) as said:
+            gradients.append(torch.autograd.grad(layer(x).sum(), (x, layer.alpha, layer.beta)))
+    assert [str(w.message) for w in said] == [
+        "torch.compile failed, so SPP goes on without its kernels: division by zero"
+    ]
+    assert tried == [spp.form_kernel]  # no second time
+    for blocks, failed in zip(*gradients, strict=True):
+        torch.testing.assert_close(failed, blocks)
+
+
+def test_torch_compile_that_is_switched_off_does_not_work(monkeypatch):
+    """TORCH_COMPILE_DISABLE=1: what was to be one kernel would be a dozen, with float32 matrices of W's shape between."""
+    monkeypatch.setattr(spp, "compile_errors", {})
+    with torch._dynamo.config.patch(disable=True):
+        assert spp.compile_error("cpu") == "it is switched off"
 
 
 @torch.no_grad()
@@ -847,6 +881,13 @@ def test_looking_in_evaluation_mode_changes_no_weight(pruned):
     before = {name: w.clone() for name, w in pruned.state_dict().items()}
     pruned.eval()(torch.randint(0, 256, (2, 9)))
     assert all(w.equal(before[name]) for name, w in pruned.train().state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_layer_that_is_edited_trains_on_the_weight_that_it_says(dtype, monkeypatch):
+    layer, x = spp_layer(64, 48, 16, dtype=dtype), torch.randn(5, 48, dtype=dtype)
+    monkeypatch.setattr(SPPLinear, "effective_weight", lambda self, W, alpha, beta: 3 * W)
+    assert layer(x).equal(layer.eval()(x)) and layer(x).equal(F.linear(x, 3 * layer.weight))
 
 
 @pytest.mark.parametrize("base", [SPPLinear, MaskedLinear, DynamicLinear, MaskedLoRALinear])

@@ -525,7 +525,9 @@ print("here still")
     )
     job = Job(tmp_path / "signals.py")
     assert job.wait() == [-signal.SIGTERM]
-    assert job.text == "\nstopping when this step, or the merge, is done; once more ends it at once\n2\n"
+    assert (
+        job.text == "\nstopping when this step, or the merge, is done; once more, after a second, ends it at once\n2\n"
+    )
 
 
 def test_out_of_memory_says_which_flags_help(tmp_path):
@@ -621,6 +623,7 @@ def test_damaged_states_do_not_push_out_those_that_are_written_after_them(world,
     wait_for(tmp_path / "run" / "log.jsonl", '"step": 6,', job.running)
     job.kill()
     job.wait()
+    assert "going back to the state before it" in job.text and "no state is left: beginning anew" in job.text
     assert [step for step, _ in train.saved_states(tmp_path / "run")][0] in (4, 6)
     assert len(list((tmp_path / "run").glob("*.damaged"))) == 2
 
@@ -788,7 +791,7 @@ def test_what_a_state_says_of_rates_and_decay_is_not_looked_at(world, long, tmp_
         (("--data", "nowhere"), "--data nowhere: is no folder; run data/alpaca/prepare.py"),
         (("--rank", 5), "--rank 5: does not divide"),
         (("--rank", 0), "--rank: expected at least 1"),
-        (("--max_tokens", 10**20), "--max_tokens: expected at least 1 and at most 4611686018427387904"),
+        (("--max_tokens", 10**20), "--max_tokens: expected at most 4611686018427387904"),
         (("--epochs", "1e308"), "--epochs: expected more than 0 and at most 1000000.0"),
         (("--r", 4), "unrecognized arguments: --r 4"),
         (("--max_tokens", 20), "--max_tokens 20: the longest example"),
@@ -870,6 +873,17 @@ def test_resuming_another_run_is_refused(world, alone, tmp_path):
     (tmp_path / "edited" / "config.json").write_text('{"version": 2, "settings": []}')
     line = refusal(world, tmp_path / "edited", "--resume")
     assert "edited/config.json is not as train.py wrote it" in line
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_value_that_is_filled_in_is_as_one_that_is_given(preset):
+    """Or --resume with it would be another run."""
+    filled = train.make_parser().parse_args(["--preset", preset])
+    train.fill_in(filled, PRESETS[preset], None)
+    flags = [part for key in ("batch_size", "epochs", "max_tokens") for part in (f"--{key}", getattr(filled, key))]
+    given = train.make_parser().parse_args(["--preset", preset, *map(str, flags)])
+    train.fill_in(given, PRESETS[preset], None)
+    assert json.dumps(vars(filled)) == json.dumps(vars(given))
 
 
 def test_a_run_goes_on_with_a_lower_learning_rate_and_says_so(world, long, tmp_path):

@@ -44,8 +44,8 @@ from data.checkpoint import (  # noqa: E402
     digest,
     lock,
     parse_json,
+    parse_json_lines,
     read_bytes,
-    read_json_lines,
     save_npy,
     write_json,
 )
@@ -173,7 +173,7 @@ def parse(data: bytes, name: str, skip_empty: bool) -> list[list[Example]]:
     """The examples of each record of a file: one, or of a conversation one for each exchange. UserError names the first
     bad record by its index."""
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        records = [record for _, record in read_json_lines(name, surrogates=True)]
+        records = [record for _, record in parse_json_lines(data, name, surrogates=True)]
     else:
         records = parse_json(data, name, list, surrogates=True)
     kept, unanswered = [], 0

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.checkpoint import UserError, atomic, check_ours, check_out, read_json, read_json_lines  # noqa: E402
+from data.checkpoint import UserError, atomic, check_ours, check_out, parse_json_lines, read_bytes, read_json  # noqa: E402
 from model import Parser, cli  # noqa: E402
 
 NAME = r"\w[\w-]*"  # of a task, and so of its file
@@ -124,7 +124,7 @@ def download(dataset: str, config: str, split: str, flag: str = "--json") -> lis
 
 
 def read_documents(path: str) -> list[dict]:
-    documents = [doc for _, doc in read_json_lines(path)]
+    documents = [doc for _, doc in parse_json_lines(read_bytes(path), path)]
     if not documents:
         raise UserError(f"{path}: holds no documents")
     return documents
@@ -245,8 +245,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.config and args.task not in TASKS:
         raise UserError(f"--task {args.task}: expected one of {', '.join(TASKS)}, or a --config that describes it")
-    if args.shots and args.task != "mmlu":
-        raise UserError(f"--shots: means nothing to --task {args.task}")
+    mmlus = args.task == "mmlu" and not args.config  # of many subjects, each a task with examples of its own
+    if args.shots and not mmlus:
+        raise UserError(f"--shots: means nothing to --task {args.task}{' with --config' * bool(args.config)}")
     if not re.fullmatch(NAME, args.task):
         raise UserError(f"--task {args.task}: expected a name of letters, digits, '_' and '-', which a file gets")
     if args.config:
@@ -265,17 +266,20 @@ def main() -> None:
     else:
         *source, render = TASKS[args.task]
         delimiter, metrics = " ", ["acc", "acc_norm"]
+    inputs = [path for path in (args.json, args.shots, args.config) if path]
+    check_out(Path(args.out) / f"samples_{args.task}.jsonl", inputs=inputs)
     documents = read_documents(args.json) if args.json else download(*source)
     shots = ""
-    if args.task == "mmlu":
+    if mmlus:
         shots = read_documents(args.shots) if args.shots else download(source[0], source[1], "dev", "--shots")
     tasks = {}
     for i, doc in enumerate(documents):
         try:
             task, (context, choices, answer) = args.task, render(doc)
-            if task == "mmlu":
+            if mmlus:
                 if not re.fullmatch(NAME, doc["subject"]):
-                    raise UserError(f"{args.json}: document {i}: its subject {doc['subject']!r:.80} cannot name a file")
+                    subject = f"its subject {doc['subject']!r:.80} cannot name a file"
+                    raise UserError(f"{args.json or args.task}: document {i}: {subject}")
                 task, context = f"mmlu_{doc['subject']}", mmlu_shots(doc["subject"], shots) + context
             if not args.config:
                 answer = str(answer)  # as lm-eval writes it
@@ -285,7 +289,6 @@ def main() -> None:
             raise
         except Exception as e:  # whatever a template or a renderer does not find
             raise UserError(f"{args.json or args.task}: document {i} is not of task {args.task}: {e!r}") from None
-    inputs = [path for path in (args.json, args.shots, args.config) if path]
     files = {task: check_out(Path(args.out) / f"samples_{task}.jsonl", inputs=inputs) for task in tasks}
     for path in files.values():
         check_ours(path, "arguments", f"--out {args.out}: the samples")

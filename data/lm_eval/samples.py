@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.checkpoint import UserError, parse_json, read_bytes, read_json_lines
+from data.checkpoint import UserError, parse_json, parse_json_lines, read_bytes
 
 Score = tuple[float, bool]  # of a choice: log p(targets | input) in nats; whether each target is the likeliest token
 
@@ -83,7 +83,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
         records = enumerate(parse_json(data, path, list, surrogates=True), 1)
         places = [(f"{path}: sample {i}", record) for i, record in records]
     else:
-        places = list(read_json_lines(path, surrogates=True))
+        places = list(parse_json_lines(data, path, surrogates=True))
     for where, record in places:
         if not isinstance(record, dict) or not isinstance(record.get("doc"), dict) or "arguments" not in record:
             raise UserError(f"{where} is not a sample of lm-eval's (no `doc` or `arguments`)")
@@ -214,10 +214,9 @@ def read_gold(documents: list[Document], places: list[str]) -> None:
     texts = [(document.choices, target) for document, target in by_target if isinstance(target, str)]
     numbers = all(re.fullmatch(r"-?[0-9]{1,9}", target) for _, target in texts)
     found = [target in choices for choices, target in texts]
-    # Whole numbers, each within its choices, are indices, even if a choice has the same text,
-    indices = numbers and all(0 <= int(target) < len(choices) for choices, target in texts)
-    # and so are numbers that are no choice anywhere: some are out of range, and never right.
-    indices = indices or (numbers and not any(found))
+    # Whole numbers, each within its choices, are indices, even if a choice has the same text. So are numbers that are
+    # no choice anywhere: some are out of range, and never right.
+    indices = numbers and (all(0 <= int(target) < len(choices) for choices, target in texts) or not any(found))
     # True and False are indices of two choices, unless these are called so.
     booleans = all(target in ("True", "False") and len(choices) == 2 for choices, target in texts) and not all(found)
     for document, target in by_target:
