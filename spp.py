@@ -338,7 +338,9 @@ def first_error(e: Exception) -> str:
 def has_kernels(W: Tensor) -> bool:
     """Whether SPP learns through compiled kernels: on a GPU, and on a CPU in bfloat16, where eager torch turns W into
     float32 and back in passes of their own. In float32 blocks are faster."""
-    return W.is_cuda or (W.dtype == torch.bfloat16 and not compile_error("cpu"))
+    if W.is_cuda or W.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return W.is_cuda
+    return not compile_error("cpu")
 
 
 def check_compile(device: str) -> None:
@@ -390,12 +392,12 @@ def spp_weight(
 
 
 def spp_gradients(
-    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, kernel: bool = False
+    G: Tensor, W: Tensor, bits: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of alpha (r, n) and beta (m,) from G = dL/dW^ (m, n), by blocks of rows or by a kernel."""
     r, n = alpha.shape
     G, alpha, beta = G.view(r, -1, n), alpha[:, None, :], beta.view(r, -1, 1)
-    if kernel or G.is_cuda:
+    if kernel:
         d_alpha, d_beta = in_one_kernel(reduce_kernel, G, W, bits, alpha, beta, scale)
         return d_alpha, d_beta.flatten()
     d_alpha, d_beta = torch.empty_like(alpha), torch.empty_like(beta)

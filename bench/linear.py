@@ -11,7 +11,6 @@ T x n by n x m, 2*T*m*n FLOPs. Floors: a frozen linear (2 units), and one whose 
 """
 
 import ctypes
-import os
 import platform
 import statistics
 import sys
@@ -20,13 +19,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import Parser, check_device, cli, number  # noqa: E402
 from spp import LoRALinear, SPPLinear, check_compile  # noqa: E402
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports that it starts and stops
 
 FORMS = ("frozen", "floor", "lora", "fused", "chunked", "repeat")
 BASES = ("floor", "lora", "chunked")  # what a form's time is divided by
@@ -55,11 +52,12 @@ def step(layer: nn.Module, x: Tensor, g: Tensor) -> None:
 
 
 def units(layer: nn.Module, x: Tensor, g: Tensor) -> float:
-    """FLOPs of a step's matrix products, counted, in products of T x n by n x m."""
-    with profile(with_flops=True) as profiled:  # which sees what is in an operator; torch's FlopCounterMode does not
+    """FLOPs of a step, counted, in products of T x n by n x m."""
+    with FlopCounterMode(display=False) as counter:
         step(layer, x, g)
     (T, n), m = x.shape, g.shape[1]
-    return sum(op.flops for op in profiled.key_averages() if op.key == "aten::mm") / (2 * T * m * n)
+    # not bmm: `fused` reduces G to the gradients of alpha and beta by products with vectors, no multiple of T
+    return counter.get_flop_counts()["Global"][torch.ops.aten.mm] / (2 * T * m * n)
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:

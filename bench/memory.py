@@ -81,7 +81,7 @@ def simulate(args: argparse.Namespace, config: LlamaConfig, rows: int, T: int) -
     same with every layer, which the highest of the peaks does not: in a deeper model it may be in another span."""
     # Scaled and windowed positions look at a token's number, which a fake tensor has not; plain ones have their shapes.
     model = build(args, dataclasses.replace(config, rope_scaling=None, sliding_window=None))
-    blocks = patch.object(spp, "has_kernels", lambda W: False)  # what an operator makes on its way would not be counted
+    blocks = patch.object(spp, "has_kernels", lambda W: False)  # nothing compiles for fake tensors
     with blocks, FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():  # from the meta device, which is not counted, to fake tensors
             for name, p in module.named_parameters(recurse=False):
