@@ -350,7 +350,8 @@ def check_compile(device: str) -> None:
 
 
 def in_one_kernel(function: Callable, *args: Any) -> Any:
-    """function(*args), compiled where that is possible. The first argument is a tensor."""
+    """function(*args), compiled where that is possible; a warning says where it stops to be. The first argument is a
+    tensor."""
     device = args[0].device.type
     # a block as a whole is being compiled, in evaluation mode; or nothing can be
     if torch.compiler.is_compiling() or compile_error(device):
@@ -360,6 +361,8 @@ def in_one_kernel(function: Callable, *args: Any) -> Any:
     args = [x.detach() if isinstance(x, Tensor) else x for x in args]
     try:
         return compiled(function)(*args)
+    except torch.OutOfMemoryError:  # a GPU's
+        raise
     except Exception as e:  # a full disk; a damaged cache; Ctrl-C, which the C compiler gets too; a new shape too many
         compile_errors[device] = first_error(e)
         warnings.warn(f"torch.compile failed, so SPP goes on without its kernels: {first_error(e)}", stacklevel=2)
