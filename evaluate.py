@@ -670,8 +670,8 @@ def aggregates(results: dict[str, dict]) -> dict[str, dict]:
     results = {task: r for task, r in results.items() if "acc" in r}
     out = {}
     if all(task in results for task in SEVEN):
-        out["average of seven"] = {"acc": sum(results[task]["acc"] for task in SEVEN) / 7}
-        out["average of seven"]["n"] = sum(results[task]["n"] for task in SEVEN)
+        seven = [results[task] for task in SEVEN]
+        out["average of seven"] = {"acc": sum(r["acc"] for r in seven) / 7, "n": sum(r["n"] for r in seven)}
     # mmlu_pro, mmlu_flan, mmlu_continuation and global_mmlu are other tasks, and lm-eval has averages of their own.
     subjects = [results[f"mmlu_{subject}"] for subject in MMLU if f"mmlu_{subject}" in results]
     if len(subjects) > 1:

@@ -216,7 +216,7 @@ class SPPLinear(AdapterLinear):
         return dense + self.scale * beta.to(x.dtype) * branch
 
     def effective_weight(self, W: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        # not where merging detached the factors: the same file on every machine, and nothing to wait for
+        # what merging writes, of detached factors, is not to depend on a compiler, nor to wait for one
         kernel = alpha.requires_grad and has_kernels(W)
         return spp_weight(W, None, alpha, beta, self.scale, self.residual, kernel)
 
@@ -338,9 +338,7 @@ def first_error(e: Exception) -> str:
 def has_kernels(W: Tensor) -> bool:
     """Whether SPP learns through compiled kernels: on a GPU, and on a CPU in bfloat16, where eager torch turns W into
     float32 and back in passes of their own. In float32 blocks are faster."""
-    if W.is_cuda or W.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return W.is_cuda
-    return not compile_error("cpu")
+    return W.is_cuda or (W.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and not compile_error("cpu"))
 
 
 def check_compile(device: str) -> None:
@@ -364,8 +362,8 @@ def in_one_kernel(function: Callable, *args: Any) -> Any:
     except torch.OutOfMemoryError:  # a GPU's
         raise
     except Exception as e:  # a full disk; a damaged cache; Ctrl-C, which the C compiler gets too; a new shape too many
-        compile_errors[device] = first_error(e)
-        warnings.warn(f"torch.compile failed, so SPP goes on without its kernels: {first_error(e)}", stacklevel=2)
+        compile_errors[device] = error = first_error(e)
+        warnings.warn(f"torch.compile failed, so SPP goes on without its kernels: {error}", stacklevel=2)
         return function(*args)
 
 

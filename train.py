@@ -861,8 +861,7 @@ def catch_signals() -> list[int]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not caught and is_first_process():  # os.write: a handler may interrupt a print
-            again = b"once more, after a second, ends it at once"
-            os.write(2, b"\nstopping when this step, or the merge, is done; " + again + b"\n")
+            os.write(2, b"\nstopping when this step, or the merge, is done; once more after a second ends it at once\n")
         caught.append(number)
         times.append(time.monotonic())
 

@@ -525,9 +525,7 @@ print("here still")
     )
     job = Job(tmp_path / "signals.py")
     assert job.wait() == [-signal.SIGTERM]
-    assert (
-        job.text == "\nstopping when this step, or the merge, is done; once more, after a second, ends it at once\n2\n"
-    )
+    assert job.text == "\nstopping when this step, or the merge, is done; once more after a second ends it at once\n2\n"
 
 
 def test_out_of_memory_says_which_flags_help(tmp_path):
